@@ -1,0 +1,207 @@
+"""What the REST API answers with: one set of models for the store's queries, the routes, OpenAPI and the client."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from optimizer.ports import JobState, Origin, Request
+from optimizer.problem import Finding
+from optimizer.spec import Direction
+
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    """Base of all answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Page(View, Generic[T]):
+    """One page of a list."""
+
+    items: list[T]
+    next_cursor: str | None = Field(default=None, description="Pass as `cursor` for the next page; null on the last.")
+
+
+class ObjectiveView(View):
+    """An axis of the front."""
+
+    name: str
+    evaluator: str
+    metric: str | None = Field(
+        default=None, description="Null until the job has been prepared, if left to the default."
+    )
+    direction: Direction | None = None
+    weight: float = 1.0
+
+
+class Progress(View):
+    """Counters of a job."""
+
+    budget: int = Field(description="Evaluations it may spend.")
+    proposed: int = Field(default=0, description="Candidates recorded, duplicates included.")
+    completed: int = Field(default=0, description="Candidates with scores.")
+    failed: int = Field(default=0, description="Candidates without a score.")
+    duplicates: int = Field(default=0, description="Candidates that cost no evaluation.")
+    front: int = Field(default=0, description="Candidates on the front.")
+    elapsed_s: float = Field(default=0.0, description="Running time so far, in seconds.")
+
+
+class JobSummary(View):
+    """A job in a list."""
+
+    id: str
+    name: str
+    state: JobState
+    requested: Request = Field(description="What the user last asked for: run, pause or cancel.")
+    reason: str | None = Field(default=None, description="Why it is in this state, where there is more to say.")
+    algorithm: str
+    operator: str
+    objectives: list[ObjectiveView]
+    progress: Progress
+    best: list[float | None] = Field(description="Best value of each objective so far, null before the first.")
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    cloned_from: str | None = None
+
+
+class GroupView(View):
+    """Rows of the coefficient heat map."""
+
+    label: str
+
+
+class JobView(JobSummary):
+    """A job as its page shows it."""
+
+    spec: dict[str, Any] = Field(description="The job spec as submitted, defaults filled in.")
+    groups: list[GroupView] = Field(default_factory=list, description="Coefficient groups, once prepared.")
+    columns: list[str] = Field(default_factory=list, description="Names of the coefficients in a group, once prepared.")
+    variables: list[dict[str, Any]] = Field(
+        default_factory=list, description="The genome's variables with their bounds."
+    )
+    findings: list[Finding] = Field(default_factory=list, description="The compatibility report.")
+
+
+CandidateState = Literal["pending", "completed", "failed", "cancelled"]
+
+
+class CandidateSummary(View):
+    """A candidate in a table or on a plot. A duplicate shows the outcome it shares."""
+
+    index: int
+    generation: int
+    origin: Origin
+    label: str | None = None
+    state: CandidateState
+    values: list[float] | None = Field(default=None, description="One for each objective, in the job's order.")
+    violation: float = 0.0
+    on_front: bool = False
+    duplicate_of: int | None = None
+    fingerprint: str
+    failure: dict[str, str] | None = Field(default=None, description="`code` and `message` when it failed.")
+    seconds: dict[str, float] = Field(default_factory=dict, description="What the evaluation took, by part.")
+    created_at: datetime
+    finished_at: datetime | None = None
+
+
+class CandidateView(CandidateSummary):
+    """One candidate, whole."""
+
+    genome: list[float] | None
+    recipe: dict[str, Any]
+    parents: list[int]
+    worker: str = ""
+    items: dict[str, list[float]] = Field(default_factory=dict, description="Per-item scores by objective.")
+
+
+class Point(View):
+    """A candidate on the front's plot."""
+
+    index: int
+    values: list[float]
+    on_front: bool
+    label: str | None = None
+    origin: Origin = "algorithm"
+    violation: float = 0.0
+
+
+class FrontView(View):
+    """The non-dominated candidates, and a sample of the others to draw behind them."""
+
+    objectives: list[ObjectiveView]
+    front: list[Point]
+    baselines: list[Point] = Field(description="Warm starts: the base, each expert, the uniform merge, the user's own.")
+    dominated: list[Point] = Field(description="At most `limit` of the rest, evenly spread over the search.")
+    total: int = Field(description="Candidates with scores, all told.")
+
+
+class Progression(View):
+    """Best value so far of each objective, after each evaluated candidate at which one improved."""
+
+    objectives: list[ObjectiveView]
+    index: list[int]
+    best: list[list[float]] = Field(description="One row for each entry of `index`, one number for each objective.")
+
+
+class EventView(View):
+    """Something that happened in a job."""
+
+    id: int
+    job_id: str
+    type: str = Field(
+        description="job.state, candidates.proposed, candidate.evaluated, candidate.enqueued, export.progress, …"
+    )
+    data: dict[str, Any]
+    at: datetime
+
+
+ExportState = Literal["queued", "running", "completed", "failed"]
+
+
+class ExportView(View):
+    """An export of a candidate to a checkpoint directory."""
+
+    id: str
+    job_id: str
+    candidate: int
+    head: str | None = Field(default=None, description="The expert whose head was written.")
+    state: ExportState
+    progress: float = Field(ge=0, le=1)
+    path: str | None = Field(default=None, description="Where it is, once completed.")
+    error: dict[str, str] | None = None
+    created_at: datetime
+    finished_at: datetime | None = None
+
+
+class TokenView(View):
+    """An access token; the secret itself is shown once, when it is made."""
+
+    id: int
+    name: str
+    created_at: datetime
+    expires_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+
+class ErrorBody(View):
+    """What went wrong."""
+
+    code: str = Field(examples=["invalid_input"])
+    message: str = Field(examples=["`low` must be below `high`"])
+    field: str | None = Field(default=None, examples=["merge.bounds"])
+    remedy: str | None = Field(default=None, examples=["swap them?"])
+    problems: list[dict[str, str | None]] = Field(
+        default_factory=list, description="All problems, when there are several."
+    )
+
+
+class ErrorView(View):
+    """The one JSON error shape of every route."""
+
+    error: ErrorBody

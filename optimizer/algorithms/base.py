@@ -1,0 +1,201 @@
+"""What an algorithm is: a pure ask/tell state machine over bounded vectors.
+
+It does no I/O and never sees weights, recipes or the store. Its state is a fold over what it asked and was told: a new
+instance with the same context, put through the same calls, proposes the same genomes. That is how jobs resume.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from optimizer.errors import from_validation
+from optimizer.registry import Registry
+from optimizer.space import Genome, SearchSpace
+from optimizer.spec import AlgorithmSpec, Strict
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A genome an algorithm wants evaluated.
+
+    Attributes:
+        genome: shape (dim,), inside the bounds.
+        generation: number of the generation it belongs to, from 0.
+        parents: indices of the candidates it descends from, where the method has parents.
+    """
+
+    genome: Genome
+    generation: int = 0
+    parents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate.
+
+    Attributes:
+        index: the candidate's number in the job, from 0.
+        genome: shape (dim,), as recorded in the store.
+        losses: shape (objectives,): the objectives' values, all to be minimised (a maximised value stands negated);
+            None when the evaluation failed.
+        violation: how far its constraints are violated in sum; 0 when they hold.
+        own: whether the algorithm proposed it; warm starts and the user's candidates are foreign.
+    """
+
+    index: int
+    genome: Genome
+    losses: NDArray[np.float64] | None
+    violation: float = 0.0
+    own: bool = True
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it was evaluated to finite numbers and violates nothing."""
+        return self.losses is not None and bool(np.isfinite(self.losses).all()) and self.violation <= 0
+
+
+@dataclass(frozen=True)
+class AlgorithmContext:
+    """All that an algorithm is told about the job.
+
+    Attributes:
+        space: bounds and kinds of the variables.
+        weights: shape (objectives,), positive: the objectives' weights, for a weighted sum of the losses.
+        seed: of its own random generator.
+        start: shape (dim,), inside the bounds: the best guess before any evaluation (the uniform merge).
+        parallel: candidates that may be in flight at once.
+        budget: evaluations the job may spend in all, or None.
+    """
+
+    space: SearchSpace
+    weights: NDArray[np.float64]
+    seed: int
+    start: Genome
+    parallel: int = 1
+    budget: int | None = None
+
+    @property
+    def objectives(self) -> int:
+        """Number of objectives."""
+        return len(self.weights)
+
+    def generator(self) -> np.random.Generator:
+        """Return a fresh random generator, the same for the same seed on every machine."""
+        return np.random.Generator(np.random.PCG64(self.seed))
+
+
+class Algorithm(ABC):
+    """An ask/tell search.
+
+    The contract (tests/optimizer/algorithms/test_conformance.py runs it over every algorithm):
+
+    - `ask` returns between 0 and ``count`` proposals inside the bounds; none means that it waits for outcomes, and then
+      its state is unchanged. It never waits when every proposal has been told.
+    - `tell` gets every outcome once, in the order of the candidates' indices, also foreign ones (``own`` is False),
+      failed ones (``losses`` is None) and duplicates. None of these may break it.
+    - The genome in an outcome is authoritative: it may differ in its last bits from what this process proposed.
+    - Nothing but ``context.generator()`` is random; no global generator is touched.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    multi_objective: ClassVar[bool] = False
+
+    class Options(Strict):
+        """Options of the algorithm; subclasses declare fields with bounds and descriptions."""
+
+    def __init__(self, context: AlgorithmContext, options: Any) -> None:
+        self.context = context
+        self.options = options
+
+    @property
+    def batch_size(self) -> int:
+        """How many candidates it likes to propose at once: its generation, or as many as run in parallel."""
+        return self.context.parallel
+
+    @abstractmethod
+    def ask(self, count: int) -> list[Proposal]:
+        """Return up to ``count`` proposals; none while it waits for outcomes."""
+
+    @abstractmethod
+    def tell(self, outcome: Outcome) -> None:
+        """Take in the outcome of one candidate."""
+
+
+ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm", "optimizer.algorithms")
+
+A = TypeVar("A", bound=type[Algorithm])
+
+
+def algorithm(name: str) -> Callable[[A], A]:
+    """Register an algorithm under ``name``: ``@algorithm("random")``."""
+
+    def decorate(cls: A) -> A:
+        cls.name = name
+        ALGORITHMS.register(name)(cls)
+        return cls
+
+    return decorate
+
+
+def parse_options(spec: AlgorithmSpec) -> tuple[type[Algorithm], Strict]:
+    """Find the algorithm a spec names and validate its options; raises `InvalidInput` naming the field."""
+    cls = ALGORITHMS.find(spec.name, "algorithm.name")
+    try:
+        return cls, cls.Options.model_validate(spec.options)
+    except ValidationError as error:
+        raise from_validation(error, "algorithm.options") from error
+
+
+@dataclass
+class Generation:
+    """Outcomes of a generation under way, for algorithms that learn only from whole generations.
+
+    Attributes:
+        size: number of its own candidates.
+        outcomes: those told so far.
+    """
+
+    size: int
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> bool:
+        """Add an own outcome; return whether the generation is complete now."""
+        self.outcomes.append(outcome)
+        return len(self.outcomes) == self.size
+
+
+def ranked_losses(outcomes: Sequence[Outcome], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return one finite number for each outcome, shape (outcomes,), to minimise.
+
+    Feasible outcomes keep their weighted sum of losses. Those that violate constraints follow, ordered by violation, and
+    failed ones (also NaN and infinite losses) come last; both lie above the worst feasible one by multiples of the
+    feasible spread, so that they carry order but no scale of their own.
+    """
+    finite = [o.losses is not None and bool(np.isfinite(o.losses).all()) for o in outcomes]
+    scores = np.array(
+        [
+            float(o.losses @ weights) if ok and o.losses is not None else np.inf
+            for o, ok in zip(outcomes, finite, strict=True)
+        ]
+    )
+    feasible = np.array([o.feasible for o in outcomes], dtype=bool)
+    if feasible.all():
+        return scores
+    worst = scores[feasible].max() if feasible.any() else 0.0
+    spread = max(np.ptp(scores[feasible]), 1e-12) if feasible.any() else 1.0
+    behind = sorted(
+        np.flatnonzero(~feasible),
+        key=lambda i: (not finite[i], outcomes[i].violation, outcomes[i].index),
+    )
+    for place, i in enumerate(behind, start=1):
+        scores[i] = worst + spread * place
+    return scores

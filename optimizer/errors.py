@@ -1,0 +1,198 @@
+"""Every error mergeopt raises on purpose, in one tree.
+
+::
+
+    MergeoptError
+    ├── UserError                 the caller can put it right; nothing was changed
+    │   ├── InvalidInput          a field of a spec, file or request is wrong         (422)
+    │   │   ├── InvalidCheckpoint   a model directory cannot be used
+    │   │   ├── InvalidData         a data file or its rows cannot be used
+    │   │   └── PathNotAllowed      a path leads outside the configured roots
+    │   ├── NotFound              no such job, candidate, token, …                    (404)
+    │   ├── Conflict              the present state does not allow it                 (409)
+    │   ├── Unauthorized          no token, or a wrong one                            (401)
+    │   ├── Forbidden             the request's host or origin is refused              (403)
+    │   └── TooLarge              the body exceeds the limit                          (413)
+    ├── RetryableError            the same evaluation may succeed elsewhere or later
+    │   ├── WorkerLost              a worker or its node died
+    │   └── EvaluationTimeout       an evaluation took longer than allowed
+    ├── InfeasibleCandidate       this candidate has no score; the search goes on
+    ├── JobError                  the job cannot go on and fails with this reason
+    │   └── InputsChanged           a checkpoint is no longer the one the job began with
+    └── LeaseLost                 another controller holds the job now; drop everything
+
+The class decides what happens (retry, mark infeasible, fail the job, answer with a status); the text only explains.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import ValidationError
+
+
+class MergeoptError(Exception):
+    """Base of the tree.
+
+    Attributes:
+        message: what is wrong, in one sentence.
+        field: dotted path of the field at fault (``objectives.0.metric``), or None.
+        remedy: what the caller can do about it, or None.
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, field: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process borders in Ray; keyword-only arguments need help to survive that.
+        return (_rebuild, (type(self), self.message, self.field, self.remedy))
+
+    def __str__(self) -> str:
+        where = f"{self.field}: " if self.field else ""
+        return f"{where}{self.message}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+def _rebuild(cls: type[MergeoptError], message: str, field: str | None, remedy: str | None) -> MergeoptError:
+    return cls(message, field=field, remedy=remedy)
+
+
+class UserError(MergeoptError):
+    """The caller can put it right; nothing was changed."""
+
+    code = "user_error"
+    status = 400
+
+
+class InvalidInput(UserError):
+    """A field of a spec, file or request is wrong."""
+
+    code = "invalid_input"
+    status = 422
+
+
+class InvalidCheckpoint(InvalidInput):
+    """A model directory cannot be used: missing, truncated, a pickle, or of another architecture."""
+
+    code = "invalid_checkpoint"
+
+
+class InvalidData(InvalidInput):
+    """A data file or its rows cannot be used."""
+
+    code = "invalid_data"
+
+
+class PathNotAllowed(InvalidInput):
+    """A path leads outside the configured roots, directly, by ``..`` or through a link."""
+
+    code = "path_not_allowed"
+
+
+class NotFound(UserError):
+    """No such thing."""
+
+    code = "not_found"
+    status = 404
+
+
+class Conflict(UserError):
+    """The present state does not allow it."""
+
+    code = "conflict"
+    status = 409
+
+
+class Unauthorized(UserError):
+    """No token, or a wrong one."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class Forbidden(UserError):
+    """The request's host or origin is refused."""
+
+    code = "forbidden"
+    status = 403
+
+
+class TooLarge(UserError):
+    """The body exceeds the limit."""
+
+    code = "too_large"
+    status = 413
+
+
+class RetryableError(MergeoptError):
+    """The same evaluation may succeed elsewhere or later."""
+
+    code = "retryable"
+
+
+class WorkerLost(RetryableError):
+    """A worker or its node died during an evaluation."""
+
+    code = "worker_lost"
+
+
+class EvaluationTimeout(RetryableError):
+    """An evaluation took longer than allowed."""
+
+    code = "evaluation_timeout"
+
+
+class InfeasibleCandidate(MergeoptError):
+    """This candidate has no score; it ranks behind every candidate that has one."""
+
+    code = "infeasible"
+
+
+class JobError(MergeoptError):
+    """The job cannot go on and fails with this reason."""
+
+    code = "job_failed"
+
+
+class InputsChanged(JobError):
+    """A checkpoint or data file is no longer the one the job began with."""
+
+    code = "inputs_changed"
+
+
+class LeaseLost(MergeoptError):
+    """Another controller holds the job now; this one must drop everything it has."""
+
+    code = "lease_lost"
+
+
+def from_validation(error: ValidationError, prefix: str = "") -> InvalidInput:
+    """Turn pydantic's error into ours: the first problem as the message, all of them in ``problems``.
+
+    Args:
+        error: what pydantic raised.
+        prefix: dotted path of the validated part within the whole, without a trailing dot.
+    """
+    problems = []
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])
+        problems.append((path or None, item["msg"].removeprefix("Value error, ")))
+    field, message = problems[0]
+    out = InvalidProblems(message, field=field, remedy="see the job schema at /api/v1/schema/job")
+    out.problems = problems
+    return out
+
+
+class InvalidProblems(InvalidInput):
+    """Several fields are wrong at once; ``problems`` has them all as (dotted field, message)."""
+
+    problems: list[tuple[str | None, str]]
+
+    def __init__(self, message: str, *, field: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(message, field=field, remedy=remedy)
+        self.problems = [(field, message)]

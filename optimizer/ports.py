@@ -1,0 +1,213 @@
+"""What the controller needs from the outside: a run store and an evaluation pool. Plain data crosses both.
+
+Store rules that every implementation keeps (tests/api/store/test_conformance.py):
+
+- A candidate is committed before it is dispatched; a whole generation in one transaction.
+- A candidate has at most one outcome. Recording a second one changes nothing and says so.
+- Every write under a lease checks the lease's token in the same transaction and raises `LeaseLost` if another
+  controller has taken the job since (a fencing token: it grows with every claim).
+- Indices of candidates are 0, 1, 2, … without gaps.
+- Nothing stored is a pickle. Genomes and item scores are little-endian arrays, the rest JSON and numbers.
+- Implementations are safe to use from several threads and processes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.problem import Problem
+from optimizer.space import Genome
+from optimizer.spec import CandidateInput, JobSpec
+
+JobState = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
+FinalState = Literal["completed", "failed", "cancelled"]
+Request = Literal["run", "pause", "cancel"]
+Origin = Literal["algorithm", "warm_start", "user"]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to run a job until it expires.
+
+    Attributes:
+        job_id: the job.
+        owner: who holds it, for humans.
+        token: the fencing token; a later claim has a higher one.
+    """
+
+    job_id: str
+    owner: str
+    token: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A proposal as recorded.
+
+    Attributes:
+        index: number in the job, from 0.
+        generation: the algorithm's generation; -1 for warm starts and the user's.
+        told: how many outcomes the algorithm had been told when this was proposed: replay puts it back there.
+        origin: who proposed it.
+        label: the user's or warm start's name for it, or None.
+        genome: shape (dim,), or None for a foreign recipe.
+        recipe: canonical plain data.
+        fingerprint: of the recipe.
+        parents: indices of the candidates it descends from.
+        duplicate_of: index of the earlier candidate with the same fingerprint, whose outcome it shares, or None.
+    """
+
+    index: int
+    generation: int
+    told: int
+    origin: Origin
+    label: str | None
+    genome: Genome | None
+    recipe: Mapping[str, Any]
+    fingerprint: str
+    parents: tuple[int, ...] = ()
+    duplicate_of: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an evaluation has no score: the error's code and message."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of a candidate.
+
+    Attributes:
+        index: the candidate's.
+        values: one for each objective in the job's order, in the metric's own direction; None when it failed.
+        violation: of the constraints, 0 when they hold.
+        items: per-item scores by objective name; empty when it failed, or when loaded without them.
+        failure: why there are no values, or None.
+        seconds: what the evaluation took, by part, e.g. ``{"merge": 0.05, "evaluate": 0.7}``.
+        worker: who did it.
+    """
+
+    index: int
+    values: tuple[float, ...] | None
+    violation: float = 0.0
+    items: Mapping[str, ItemScores] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """A candidate that a user enqueued and no controller has taken up yet."""
+
+    id: int
+    candidate: CandidateInput
+
+
+@dataclass(frozen=True)
+class JobLog:
+    """All that a controller needs to resume: the log, without per-item scores.
+
+    Attributes:
+        problem: None until the inputs have been looked at.
+        candidates: in order of their index, without gaps.
+        evaluations: by candidate index; a duplicate has none of its own.
+        elapsed_s: running time so far.
+    """
+
+    spec: JobSpec
+    problem: Problem | None
+    candidates: Sequence[Candidate]
+    evaluations: Mapping[int, Evaluation]
+    elapsed_s: float
+
+
+class RunStore(Protocol):
+    """The controller's side of the store."""
+
+    def claim(self, owner: str, ttl_s: float, job_id: str | None = None) -> Lease | None:
+        """Take the oldest job that wants to run and that nobody holds (or whose lease expired); None if there is none."""
+
+    def renew(self, lease: Lease, ttl_s: float, elapsed_s: float) -> Request:
+        """Extend the lease, record the running time so far, and return what the user wants now. Raises `LeaseLost`."""
+
+    def load(self, lease: Lease) -> JobLog:
+        """Return the job's log."""
+
+    def start(self, lease: Lease, problem: Problem) -> None:
+        """Record the job's inputs as found (the first time) and that it is running."""
+
+    def enqueued(self, lease: Lease) -> list[Enqueued]:
+        """Return what users have enqueued and nobody has taken up, oldest first."""
+
+    def add_candidates(self, lease: Lease, candidates: Sequence[Candidate], taken: Sequence[int] = ()) -> None:
+        """Commit candidates in one transaction, and mark the enqueued ids in ``taken`` as taken up."""
+
+    def reject_enqueued(self, lease: Lease, enqueued_id: int, failure: Failure) -> None:
+        """Mark an enqueued candidate as unusable, with the reason."""
+
+    def add_evaluation(self, lease: Lease, evaluation: Evaluation) -> bool:
+        """Commit an outcome, update the front and the counters; False if the candidate has an outcome already."""
+
+    def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
+        """Record a new state; a paused or final one also gives up the lease."""
+
+    def release(self, lease: Lease) -> None:
+        """Give up the lease and leave the state as it is, so that any controller may go on at once."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A candidate to evaluate."""
+
+    index: int
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker found: per-item scores, or a failure. Aggregation is the controller's.
+
+    Attributes:
+        fatal: True when the failure concerns the whole job (its inputs changed), not this candidate.
+    """
+
+    index: int
+    scores: Mapping[str, ItemScores] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    worker: str = ""
+    fatal: bool = False
+
+
+class EvaluationPool(Protocol):
+    """Workers of one job. A task that is submitted comes back exactly once, scored or failed, in any order.
+
+    A pool retries what may succeed elsewhere (lost workers, timeouts) by itself, up to the job's attempts.
+    """
+
+    def submit(self, task: Task) -> None:
+        """Hand over a task; returns at once."""
+
+    def wait(self, timeout_s: float) -> list[Result]:
+        """Return results that are ready, waiting up to ``timeout_s`` for the first one."""
+
+    def close(self) -> None:
+        """Drop all tasks and release the workers."""
+
+
+class PoolFactory(Protocol):
+    """Where pools come from."""
+
+    def prepare(self, spec: JobSpec) -> Problem:
+        """Look at the job's checkpoints and data; raises `InvalidInput` where they do not fit together."""
+
+    def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
+        """Start the workers of a job whose inputs were prepared."""

@@ -1,0 +1,73 @@
+"""What a job's inputs turned out to be: plain data that the workers' side finds out once and the store keeps."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from optimizer.geometry import Layout
+from optimizer.recipe import ModelId
+from optimizer.spec import Direction, Strict
+
+Columns = Literal["per_expert", "interpolation"]
+
+
+class OperatorInfo(Strict):
+    """What the optimizer and the API know of an operator; the arithmetic lives with the workers."""
+
+    name: str
+    summary: str = Field(description="One sentence.")
+    reference: str = Field(description="Paper or origin.")
+    columns: Columns = Field(
+        default="per_expert",
+        description="`per_expert`: a coefficient for each expert; `interpolation`: one position between two models.",
+    )
+    uses_base: bool = Field(default=True, description="Whether the result depends on the base's weights.")
+    min_experts: int = 1
+    max_experts: int | None = None
+    low: float = Field(default=0.0, description="Default lower bound of a coefficient.")
+    high: float = Field(default=1.0, description="Default upper bound of a coefficient.")
+    options_schema: dict[str, Any] = Field(default_factory=dict, description="JSON schema of the options.")
+
+
+class EvaluatorInfo(Strict):
+    """What the API knows of an evaluator."""
+
+    name: str
+    summary: str
+    metrics: dict[str, Direction] = Field(description="Metric to its direction; the first is the default.")
+    columns: dict[str, str] = Field(description="Role of each data column it reads.")
+    options_schema: dict[str, Any] = Field(default_factory=dict)
+
+
+class ResolvedObjective(Strict):
+    """An objective with its defaults filled in."""
+
+    name: str
+    metric: str
+    direction: Direction
+    weight: float
+    at_least: float | None = None
+    at_most: float | None = None
+    items: int = Field(ge=1, description="Number of items it is measured on.")
+    data_digest: str = Field(description="SHA-256 over the items.")
+
+
+class Finding(Strict):
+    """One line of the compatibility report."""
+
+    severity: Literal["error", "warning", "info"]
+    model: str = Field(description="Name of the model in the job.")
+    message: str
+    tensors: list[str] = Field(default_factory=list, description="Names of the tensors concerned (the first 20).")
+
+
+class Problem(Strict):
+    """A job's inputs as found: models by digest, the parameter layout, the operator, objectives with defaults."""
+
+    models: dict[str, ModelId] = Field(description="`base` and the experts, in the job's order.")
+    layout: Layout
+    operator: OperatorInfo
+    objectives: list[ResolvedObjective]
+    findings: list[Finding] = Field(default_factory=list)

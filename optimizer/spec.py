@@ -1,0 +1,392 @@
+"""The job spec: one pydantic model for REST, CLI files, the Python client and the UI's form.
+
+Unknown keys are refused everywhere. Every field has a description, and bounds or examples where they exist,
+because the JSON schema of `JobSpec` *is* the form that users fill in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from optimizer.errors import from_validation
+from optimizer.geometry import ModuleKind
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Direction = Literal["maximise", "minimise"]
+Scalar = bool | int | float | str
+
+
+class Strict(BaseModel):
+    """Refuses unknown keys, NaN and infinities; immutable once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelRef(Strict):
+    """Where a checkpoint is: a path under one of the server's roots, or a hub id with its revision."""
+
+    path: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="Directory of a Hugging Face checkpoint, relative to one of the server's roots, or absolute inside one.",
+        examples=["experts/language"],
+    )
+    hub: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
+        description="Hub id, for servers that reach a hub.",
+        examples=["org/model"],
+    )
+    revision: str | None = Field(
+        default=None,
+        pattern=r"^[\w./-]{1,200}$",
+        description="Commit, tag or branch of the hub id; required with `hub`, so that the job can be repeated.",
+        examples=["main"],
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:  # a bare string is the path
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> ModelRef:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` and `hub`")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together")
+        return self
+
+    def __str__(self) -> str:
+        return self.path if self.path is not None else f"{self.hub}@{self.revision}"
+
+
+class Expert(ModelRef):
+    """A fine-tuned model to merge."""
+
+    name: Name = Field(description="Short name, unique in the job.", examples=["language"])
+
+
+class Bounds(Strict):
+    """Lower and upper bound of every coefficient."""
+
+    low: float = Field(description="Lower bound.", ge=-10, le=10, examples=[-0.2])
+    high: float = Field(description="Upper bound.", ge=-10, le=10, examples=[1.2])
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Bounds:
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be below `high`, not {self.low} and {self.high}: swap them?")
+        return self
+
+
+class RangeVariable(Strict):
+    """An operator option that the search varies between two bounds."""
+
+    low: float = Field(description="Lower bound.")
+    high: float = Field(description="Upper bound.")
+    integer: bool = Field(default=False, description="Whole numbers only.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RangeVariable:
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be below `high`, not {self.low} and {self.high}: swap them?")
+        return self
+
+
+class ChoiceVariable(Strict):
+    """An operator option that the search chooses from a list."""
+
+    choices: list[Scalar] = Field(min_length=2, max_length=64, description="The values to choose from.")
+
+
+class Granularity(Strict):
+    """How many coefficients each expert gets: layer groups × module groups."""
+
+    layers: Literal["whole", "groups", "each"] = Field(
+        default="each",
+        description=(
+            "`whole`: one coefficient for the whole model; `groups`: one for every `group_size` layers; `each`: one "
+            "a layer. With the last two, what stands before the first layer (embeddings) and after the last one each "
+            "have their own."
+        ),
+    )
+    group_size: int = Field(default=4, ge=1, le=512, description="Layers that share a coefficient with `groups`.")
+    modules: list[list[ModuleKind]] = Field(
+        default_factory=list,
+        max_length=8,
+        description=(
+            "Sets of module kinds that get coefficients of their own in every layer group; all kinds not listed share "
+            "one more set."
+        ),
+        examples=[[["attention"], ["mlp"]]],
+    )
+
+    @field_validator("modules")
+    @classmethod
+    def _disjoint(cls, value: list[list[ModuleKind]]) -> list[list[ModuleKind]]:
+        kinds = [kind for group in value for kind in group]
+        if len(kinds) != len(set(kinds)) or not all(value):
+            raise ValueError("each module kind may stand in one set only, and no set may be empty")
+        return value
+
+
+class MergeSpec(Strict):
+    """What is merged how, and what the search may vary."""
+
+    operator: str = Field(
+        default="task_arithmetic",
+        description="How tensors are combined; GET /api/v1/operators lists them with their options.",
+        examples=["task_arithmetic", "ties"],
+    )
+    options: dict[str, Scalar | RangeVariable | ChoiceVariable] = Field(
+        default_factory=dict,
+        max_length=32,
+        description=(
+            "Options of the operator. A value is fixed; {low, high} or {choices} makes the option a variable of the search."
+        ),
+        examples=[{"density": {"low": 0.1, "high": 1.0}}],
+    )
+    granularity: Granularity = Field(default_factory=Granularity, description="How many coefficients each expert gets.")
+    bounds: Bounds | None = Field(
+        default=None, description="Bounds of the coefficients; the operator's own by default."
+    )
+    frozen: list[ModuleKind] = Field(
+        default_factory=list,
+        description="Module kinds that are not merged but kept as the base has them.",
+        examples=[["embeddings"]],
+    )
+    heads: list[str] = Field(
+        default=["classifier.*", "score.*", "qa_outputs.*"],
+        max_length=64,
+        description=(
+            "Patterns (`*` matches anything) of parameters that experts do not share: they stay the expert's own, and an "
+            "objective names whose head it uses."
+        ),
+    )
+
+
+class DataSpec(Strict):
+    """The items an objective is measured on."""
+
+    path: str = Field(
+        max_length=4096,
+        description=(
+            "JSONL, CSV or Parquet file; a directory with one such file per split (`search.jsonl`); an image folder "
+            "(`split/class/image.png`); or a directory written by `datasets.save_to_disk`."
+        ),
+        examples=["data/language"],
+    )
+    split: str | None = Field(
+        default=None,
+        max_length=200,
+        description="Which split, where the data has several.",
+        examples=["search"],
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=32,
+        description="Which column plays which role, where the names differ from the evaluator's.",
+        examples=[{"text": "word", "label": "language"}],
+    )
+    limit: int | None = Field(default=None, ge=1, description="Use the first this many items only.", examples=[200])
+
+
+class Constraint(Strict):
+    """A candidate that violates it ranks behind every one that does not."""
+
+    at_least: float | None = Field(default=None, description="Lowest allowed value of the metric.")
+    at_most: float | None = Field(default=None, description="Highest allowed value of the metric.")
+
+    @model_validator(mode="after")
+    def _some(self) -> Constraint:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give `at_least`, `at_most` or both")
+        return self
+
+
+class Objective(Strict):
+    """A named measure with a direction on a data split."""
+
+    name: Name = Field(description="Unique in the job; the front's axis.", examples=["language"])
+    evaluator: str = Field(
+        description="Kind of measure; GET /api/v1/evaluators lists them with their options and metrics.",
+        examples=["text_classification"],
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
+    data: DataSpec = Field(description="The items it is measured on.")
+    metric: str | None = Field(
+        default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
+    )
+    direction: Direction | None = Field(
+        default=None, description="Whether more or less is better; the metric's own by default."
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        description="Weight where an algorithm needs one number for all objectives.",
+    )
+    constraint: Constraint | None = Field(default=None, description="Bounds the metric must keep.")
+    head: str | None = Field(
+        default=None, description="Name of the expert whose head is used; needed where experts have heads."
+    )
+
+
+class AlgorithmSpec(Strict):
+    """Who proposes candidates."""
+
+    name: str = Field(
+        default="cma_es",
+        description="GET /api/v1/algorithms lists them with their options.",
+        examples=["cma_es", "nsga2", "random", "nevergrad"],
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
+
+
+class Budget(Strict):
+    """When to stop: whichever comes first."""
+
+    evaluations: int = Field(
+        ge=1, le=10_000_000, description="Candidates to evaluate; duplicates cost none.", examples=[200]
+    )
+    wall_time_s: float | None = Field(
+        default=None, gt=0, description="Seconds of running time, pauses and preemptions not counted."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after this many evaluations in a row that do not improve the front.",
+    )
+
+
+class WarmStarts(Strict):
+    """Candidates evaluated before the algorithm's own, and shown as baselines in the UI."""
+
+    base: bool = Field(default=True, description="The base alone, where the operator can express it.")
+    experts: bool = Field(default=True, description="Each expert alone.")
+    uniform: bool = Field(default=True, description="The uniform merge of all experts.")
+    candidates: list[CandidateInput] = Field(
+        default_factory=list, max_length=1000, description="Candidates of the user's own, evaluated first."
+    )
+
+
+class CandidateInput(Strict):
+    """A candidate that a user enqueues: by coefficients, by genome, or as a complete recipe. Exactly one."""
+
+    label: str | None = Field(default=None, max_length=100, description="Shown in the UI beside the candidate.")
+    coefficients: dict[str, float | list[float]] | None = Field(
+        default=None,
+        description="For each expert one number, or one number for each coefficient group; what is left out is 0.",
+        examples=[{"language": 0.6, "polarity": [0.2, 0.2, 0.4]}],
+    )
+    genome: list[float] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100_000,
+        description="The search vector itself, in the job's order.",
+    )
+    recipe: dict[str, Any] | None = Field(
+        default=None,
+        description="A complete recipe over the job's models, as another candidate's page shows it.",
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> CandidateInput:
+        if sum(part is not None for part in (self.coefficients, self.genome, self.recipe)) != 1:
+            raise ValueError("give exactly one of `coefficients`, `genome` and `recipe`")
+        return self
+
+
+class Workers(Strict):
+    """The Ray actors that evaluate candidates, and what each one takes."""
+
+    count: int = Field(default=1, ge=1, le=4096, description="Number of workers.")
+    cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores of each worker; also its torch threads.")
+    gpus: float = Field(default=0, ge=0, le=64, description="GPUs of each worker; a fraction shares one.")
+    memory_gb: float | None = Field(default=None, gt=0, description="Memory that Ray reserves for each worker, in GiB.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto` takes the GPU where the worker has one."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the resident merged model.")
+    timeout_s: float = Field(default=3600, gt=0, description="Longest allowed evaluation of one candidate, in seconds.")
+    attempts: int = Field(
+        default=3,
+        ge=1,
+        le=20,
+        description="Tries for a candidate whose worker dies, before it counts as failed.",
+    )
+
+
+class JobSpec(Strict):
+    """A search that a user submits."""
+
+    name: str = Field(
+        default="merge search",
+        min_length=1,
+        max_length=200,
+        description="Shown in lists.",
+        examples=["three word tasks"],
+    )
+    base: ModelRef = Field(description="The common ancestor of the experts.")
+    experts: list[Expert] = Field(min_length=1, max_length=1000, description="The fine-tuned models to merge.")
+    merge: MergeSpec = Field(default_factory=MergeSpec, description="What is merged how, and what the search may vary.")
+    objectives: list[Objective] = Field(
+        min_length=1, max_length=16, description="What the merged model must be good at."
+    )
+    algorithm: AlgorithmSpec = Field(default_factory=AlgorithmSpec, description="Who proposes candidates.")
+    budget: Budget = Field(description="When to stop.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="The same seed gives the same search.")
+    workers: Workers = Field(default_factory=Workers, description="The Ray actors that evaluate candidates.")
+    parallel_evaluations: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Candidates in flight at once; the number of workers by default.",
+    )
+    warm_starts: WarmStarts = Field(default_factory=WarmStarts, description="Candidates evaluated first.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JobSpec:
+        experts = [expert.name for expert in self.experts]
+        _unique(experts, "experts")
+        _unique([objective.name for objective in self.objectives], "objectives")
+        for number, objective in enumerate(self.objectives):
+            if objective.head is not None and objective.head not in experts:
+                raise ValueError(
+                    f"objectives.{number}.head: {objective.head!r} is no expert; use one of: {', '.join(experts)}"
+                )
+        if "base" in experts:
+            raise ValueError("experts: the name 'base' is taken by the base model; rename the expert")
+        return self
+
+    @property
+    def in_flight(self) -> int:
+        """Candidates that may be in flight at once."""
+        return self.parallel_evaluations or self.workers.count
+
+
+def _unique(names: list[str], field: str) -> None:
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"{field}: the names must be unique, but these are not: {', '.join(doubled)}")
+
+
+def parse_spec(data: object) -> JobSpec:
+    """Validate plain data into a `JobSpec`; raises `InvalidInput` that names the field."""
+    try:
+        return JobSpec.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error) from error
+
+
+def finite(values: list[float]) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(math.isfinite(value) for value in values)
+
+
+WarmStarts.model_rebuild()
+JobSpec.model_rebuild()
