@@ -189,6 +189,46 @@ class TokenView(View):
     last_used_at: datetime | None = None
 
 
+class ValidationView(View):
+    """What a valid job spec comes to."""
+
+    valid: Literal[True] = True
+    spec: dict[str, Any] = Field(description="The job spec with its defaults filled in.")
+    findings: list[Finding] = Field(description="The compatibility report.")
+    variables: int = Field(description="Dimensions of the search space.")
+    groups: list[str] = Field(description="Labels of the coefficient groups.")
+    columns: list[str] = Field(description="Names of the coefficients in a group.")
+
+
+class QueuedView(View):
+    """An enqueued candidate's place in the job's queue."""
+
+    queued: int = Field(description="Number under which events report what became of it.")
+
+
+class AlgorithmView(View):
+    """A search algorithm that jobs may name."""
+
+    name: str
+    summary: str = Field(description="One sentence.")
+    reference: str = Field(description="Paper or origin.")
+    multi_objective: bool = Field(description="Whether it looks for a whole front rather than one weighted optimum.")
+    options_schema: dict[str, Any] = Field(description="JSON schema of `algorithm.options`.")
+
+
+class StatusView(View):
+    """The service can answer."""
+
+    status: Literal["ok"] = "ok"
+
+
+class VersionView(View):
+    """What is running."""
+
+    version: str = Field(description="Version of mergeopt.", examples=["0.1.0"])
+    api: str = Field(default="v1", description="Version of the REST API.")
+
+
 class ErrorBody(View):
     """What went wrong."""
 

@@ -13,6 +13,7 @@
     │   ├── Unauthorized          no token, or a wrong one                            (401)
     │   ├── Forbidden             the request's host or origin is refused              (403)
     │   └── TooLarge              the body exceeds the limit                          (413)
+    ├── Unavailable               the service or its database cannot be reached now       (503)
     ├── RetryableError            the same evaluation may succeed elsewhere or later
     │   ├── WorkerLost              a worker or its node died
     │   └── EvaluationTimeout       an evaluation took longer than allowed
@@ -127,6 +128,13 @@ class TooLarge(UserError):
 
     code = "too_large"
     status = 413
+
+
+class Unavailable(MergeoptError):
+    """The service or its database cannot be reached now."""
+
+    code = "unavailable"
+    status = 503
 
 
 class RetryableError(MergeoptError):

@@ -173,18 +173,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker found: per-item scores, or a failure. Aggregation is the controller's.
-
-    Attributes:
-        fatal: True when the failure concerns the whole job (its inputs changed), not this candidate.
-    """
+    """What a worker found: per-item scores, or a failure. Aggregation is the controller's."""
 
     index: int
     scores: Mapping[str, ItemScores] = field(default_factory=dict)
     failure: Failure | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     worker: str = ""
-    fatal: bool = False
 
 
 class EvaluationPool(Protocol):
@@ -197,7 +192,11 @@ class EvaluationPool(Protocol):
         """Hand over a task; returns at once."""
 
     def wait(self, timeout_s: float) -> list[Result]:
-        """Return results that are ready, waiting up to ``timeout_s`` for the first one."""
+        """Return results that are ready, waiting up to ``timeout_s`` for the first one.
+
+        Raises:
+            JobError, UserError: no worker can do this job (its inputs are gone, no node has what a worker needs).
+        """
 
     def close(self) -> None:
         """Drop all tasks and release the workers."""
@@ -211,3 +210,6 @@ class PoolFactory(Protocol):
 
     def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
         """Start the workers of a job whose inputs were prepared."""
+
+    def close(self) -> None:
+        """Let go of whatever the factory holds; pools must be closed before."""

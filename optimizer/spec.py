@@ -60,6 +60,10 @@ class ModelRef(Strict):
             raise ValueError("`hub` and `revision` go together")
         return self
 
+    def plain(self) -> ModelRef:
+        """Return the reference alone, without what a subclass adds."""
+        return ModelRef(path=self.path, hub=self.hub, revision=self.revision)
+
     def __str__(self) -> str:
         return self.path if self.path is not None else f"{self.hub}@{self.revision}"
 

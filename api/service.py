@@ -1,0 +1,153 @@
+"""The composition root: the only place that knows which store, pool and processes the service is made of."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
+import migrations
+from api.app import create_app
+from api.auth import check_bind
+from api.exporter import Exporter
+from api.server import make_server
+from api.settings import Settings
+from api.store import SqlStore
+from api.views import EventView, JobView
+from optimizer.controller import Controller, ControllerConfig
+from optimizer.errors import Conflict
+from optimizer.ports import PoolFactory
+from optimizer.problem import Problem
+from optimizer.spec import JobSpec
+
+log = logging.getLogger(__name__)
+
+
+def open_store(settings: Settings, migrate: bool = True) -> SqlStore:
+    """Open the run store, brought to the newest migration first if asked."""
+    if migrate:
+        if settings.database_url.startswith("sqlite"):
+            settings.home.mkdir(parents=True, exist_ok=True)
+        migrations.upgrade(settings.database_url)
+    return SqlStore(settings.database_url)
+
+
+def inspect(settings: Settings, spec: JobSpec) -> Problem:
+    """Look at a job's inputs without reading weights; raises `InvalidInput` where they do not fit together."""
+    from workers.prepare import prepare, quick_digest
+    from workers.roots import Roots
+
+    return prepare(spec, Roots(settings.roots), digest=quick_digest)
+
+
+def make_pools(settings: Settings) -> PoolFactory:
+    """Return where candidates are evaluated, as the settings say."""
+    from workers.pool import LocalPoolFactory, RayPoolFactory
+
+    if settings.pool == "local":
+        return LocalPoolFactory(settings.roots)
+    return RayPoolFactory(settings.roots, settings.ray_address)
+
+
+def serve(settings: Settings) -> None:
+    """Run API, controller and exports in this process until it is told to stop."""
+    store = open_store(settings)
+    check_bind(settings, store)
+    with _Background(store, settings):
+        make_server(create_app(store, settings, partial(inspect, settings)), settings).run()
+
+
+def serve_api(settings: Settings) -> None:
+    """Run the API alone; any number may run against one database."""
+    store = open_store(settings, migrate=False)
+    check_bind(settings, store)
+    make_server(create_app(store, settings, partial(inspect, settings)), settings).run()
+
+
+def run_controller(settings: Settings) -> None:
+    """Run a controller alone until SIGTERM or SIGINT; any number may run, leases decide who has which job."""
+    store = open_store(settings, migrate=False)
+    store.ping()
+    stopped = threading.Event()
+
+    def stop(_: int, __: FrameType | None) -> None:
+        stopped.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with _Background(store, settings):
+        stopped.wait()
+
+
+def run_job(settings: Settings, spec: JobSpec, on_event: Callable[[EventView], None]) -> JobView:
+    """Run one job in this process to its end, calling ``on_event`` for everything that happens.
+
+    An interrupt (Ctrl-C) leaves the job in the store, from where any controller can resume it.
+    """
+    store = open_store(settings)
+    inspect(settings, spec)
+    job, _ = store.create_job(spec)
+    controller = _controller(store, make_pools(settings), settings, 0)
+    outcome: list[BaseException] = []
+    thread = threading.Thread(target=_guarded, args=(outcome, controller.run_next, job.id), name="job", daemon=True)
+    thread.start()
+    try:
+        after = 0
+        while True:
+            running = thread.is_alive()
+            for event in store.events(job.id, after):
+                on_event(event)
+                after = event.id
+            if not running:
+                break
+            thread.join(settings.poll_s)
+    finally:
+        controller.stop()
+        thread.join()
+        store.close()
+    if outcome:
+        raise outcome[0]
+    return store.get_job(job.id)
+
+
+def _guarded(outcome: list[BaseException], run: Callable[[str], bool], job_id: str) -> None:
+    try:
+        if not run(job_id):
+            raise Conflict("another controller took the job", remedy="watch it with `mergeopt watch`")
+    except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        outcome.append(error)
+
+
+def _controller(store: SqlStore, pools: PoolFactory, settings: Settings, number: int) -> Controller:
+    owner = f"{socket.gethostname()}:{os.getpid()}:{number}"
+    return Controller(store, pools, ControllerConfig(owner, settings.lease_ttl_s, settings.poll_s))
+
+
+class _Background:
+    """Controllers and the exporter, each in a thread, while the block runs; all are told to stop at its end."""
+
+    def __init__(self, store: SqlStore, settings: Settings) -> None:
+        self._store = store
+        self._pools = make_pools(settings)
+        self._controllers = [_controller(store, self._pools, settings, n) for n in range(settings.max_jobs)]
+        self._exporter = Exporter(store, settings)
+        runs = [controller.run_forever for controller in self._controllers] + [self._exporter.run_forever]
+        self._threads = [threading.Thread(target=run, name=f"background-{n}") for n, run in enumerate(runs)]
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        for controller in self._controllers:
+            controller.stop()
+        self._exporter.stop()
+        for thread in self._threads:
+            thread.join()
+        self._pools.close()
+        self._store.close()

@@ -1,0 +1,284 @@
+"""The tables of the run store.
+
+Every row belongs to a job and goes with it: children refer to the job alone, so that deleting a job of 100,000
+candidates is one statement a table. What pages and plots read is narrow (`CandidateRow`); what only one candidate's
+page or a controller's resume reads stands apart (`RecipeRow`, `ItemScoresRow`).
+
+Three things are kept twice, because they are read far more often than written, always in the transaction of the outcome
+they come from: counters and best values on the job, objective values as rows of their own (sorting by any objective),
+and the points where a best value improved (the progression curve).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Text,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from api.store.columns import FloatArray, RowId, UtcDateTime
+from api.views import CandidateState, ExportState
+from optimizer.ports import JobState, Origin, Request
+
+Json = JSON(none_as_null=True)
+ID_LENGTH = 32
+
+
+class Base(DeclarativeBase):
+    """Base of all tables; every constraint and index has a name that migrations can refer to."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        datetime: UtcDateTime,
+        float: Double,
+        dict[str, Any]: Json,
+        dict[str, str]: Json,
+        dict[str, float]: Json,
+        list[int]: Json,
+        list[float]: Json,
+        list[float | None]: Json,
+        list[dict[str, Any]]: Json,
+    }
+
+
+def _one_of(column: str, values: Any) -> CheckConstraint:
+    allowed = ", ".join(f"'{value}'" for value in get_args(values))
+    return CheckConstraint(f"{column} IN ({allowed})", name=column)
+
+
+def _job_key(*, primary_key: bool = True) -> Mapped[str]:
+    return mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=primary_key)
+
+
+class JobRow(Base):
+    """A job: what the user submitted, where it stands, and who runs it.
+
+    ``lease_token`` only grows; a lease is held while ``lease_owner`` is set, live until ``lease_expires_at``.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        _one_of("state", JobState),
+        _one_of("requested", Request),
+        Index(None, "created_at", "id"),
+        Index(None, "state", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200))
+    state: Mapped[JobState] = mapped_column(String(16))
+    requested: Mapped[Request] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(Text)
+    algorithm: Mapped[str] = mapped_column(Text)
+    operator: Mapped[str] = mapped_column(Text)
+    # What lists show of the objectives; metric and direction are null until the job was prepared.
+    objectives: Mapped[list[dict[str, Any]]]
+    spec: Mapped[dict[str, Any]] = mapped_column(deferred=True)
+    problem: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+
+    budget: Mapped[int] = mapped_column(Integer)
+    proposed: Mapped[int] = mapped_column(Integer, default=0)
+    completed: Mapped[int] = mapped_column(Integer, default=0)
+    failed: Mapped[int] = mapped_column(Integer, default=0)
+    duplicates: Mapped[int] = mapped_column(Integer, default=0)
+    front: Mapped[int] = mapped_column(Integer, default=0)
+    best: Mapped[list[float | None]]
+    elapsed_s: Mapped[float] = mapped_column(default=0.0)
+
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    cloned_from: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"), index=True)
+    idempotency_key: Mapped[str | None] = mapped_column(Text, unique=True)
+
+    lease_owner: Mapped[str | None] = mapped_column(Text)
+    lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
+    lease_expires_at: Mapped[datetime | None]
+
+
+class CandidateRow(Base):
+    """A proposal and its outcome, as tables and plots show it. A duplicate's outcome is a copy of its original's."""
+
+    __tablename__ = "candidates"
+    __table_args__ = (
+        _one_of("state", CandidateState),
+        _one_of("origin", Origin),
+        Index(
+            "ix_candidates_front",
+            "job_id",
+            "index",
+            sqlite_where=text("on_front = 1"),
+            postgresql_where=text("on_front"),
+        ),
+        Index(
+            "ix_candidates_baselines",
+            "job_id",
+            "index",
+            sqlite_where=text("origin != 'algorithm'"),
+            postgresql_where=text("origin != 'algorithm'"),
+        ),
+        Index(
+            "ix_candidates_duplicates",
+            "job_id",
+            "duplicate_of",
+            sqlite_where=text("duplicate_of IS NOT NULL"),
+            postgresql_where=text("duplicate_of IS NOT NULL"),
+        ),
+    )
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    generation: Mapped[int] = mapped_column(Integer)
+    told: Mapped[int] = mapped_column(Integer)
+    origin: Mapped[Origin] = mapped_column(String(16))
+    label: Mapped[str | None] = mapped_column(Text)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    parents: Mapped[list[int]]
+    duplicate_of: Mapped[int | None] = mapped_column(Integer)
+    created_at: Mapped[datetime]
+
+    state: Mapped[CandidateState] = mapped_column(String(16), default="pending")
+    values: Mapped[list[float] | None]
+    violation: Mapped[float] = mapped_column(default=0.0)
+    on_front: Mapped[bool] = mapped_column(default=False)
+    failure: Mapped[dict[str, str] | None]
+    seconds: Mapped[dict[str, float]] = mapped_column(default=dict)
+    worker: Mapped[str] = mapped_column(Text, default="")
+    finished_at: Mapped[datetime | None]
+
+
+class RecipeRow(Base):
+    """The heavy half of a proposal; never changes."""
+
+    __tablename__ = "recipes"
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64))
+    recipe: Mapped[dict[str, Any]]
+
+
+class ObjectiveValueRow(Base):
+    """One objective's value of a candidate, also of a duplicate: what sorting by value walks along."""
+
+    __tablename__ = "objective_values"
+    __table_args__ = (Index("ix_objective_values_sorted", "job_id", "objective", "value", "index"),)
+
+    job_id: Mapped[str] = _job_key()
+    objective: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    value: Mapped[float]
+
+
+class ItemScoresRow(Base):
+    """Per-item scores of one objective of a candidate, float32."""
+
+    __tablename__ = "item_scores"
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    objective: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    values: Mapped[NDArray[np.float32]] = mapped_column(FloatArray(32))
+    weights: Mapped[NDArray[np.float32] | None] = mapped_column(FloatArray(32))
+
+
+class ImprovementRow(Base):
+    """The best values after the ``completed``-th score, at which one of them improved."""
+
+    __tablename__ = "improvements"
+
+    job_id: Mapped[str] = _job_key()
+    completed: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    index: Mapped[int] = mapped_column(Integer)
+    best: Mapped[list[float]]
+
+
+class EnqueuedRow(Base):
+    """A candidate that a user enqueued; ``number`` counts from 1 in each job."""
+
+    __tablename__ = "enqueued_candidates"
+    __table_args__ = (CheckConstraint("state IN ('waiting', 'taken', 'rejected')", name="state"),)
+
+    job_id: Mapped[str] = _job_key()
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    candidate: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16), default="waiting")
+    failure: Mapped[dict[str, str] | None]
+    created_at: Mapped[datetime]
+
+
+class EventRow(Base):
+    """Something that happened in a job. Ids become visible in their order, see `api.store.events`."""
+
+    __tablename__ = "events"
+    # AUTOINCREMENT: without it SQLite gives the ids of deleted rows again, and readers would miss the new ones.
+    __table_args__ = (Index(None, "job_id", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    job_id: Mapped[str] = _job_key(primary_key=False)
+    type: Mapped[str] = mapped_column(String(64))
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+
+
+class ExportRow(Base):
+    """An export of a candidate; claimed by a worker with a lease of its own, as jobs are by controllers."""
+
+    __tablename__ = "exports"
+    __table_args__ = (
+        _one_of("state", ExportState),
+        Index(None, "job_id", "created_at", "id"),
+        Index(None, "state", "created_at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(String(ID_LENGTH), primary_key=True)
+    job_id: Mapped[str] = _job_key(primary_key=False)
+    candidate: Mapped[int] = mapped_column(Integer)
+    head: Mapped[str | None] = mapped_column(Text)
+    state: Mapped[ExportState] = mapped_column(String(16), default="queued")
+    progress: Mapped[float] = mapped_column(default=0.0)
+    path: Mapped[str | None] = mapped_column(Text)
+    error: Mapped[dict[str, str] | None]
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    lease_owner: Mapped[str | None] = mapped_column(Text)
+    lease_token: Mapped[int] = mapped_column(BigInteger, default=0)
+    lease_expires_at: Mapped[datetime | None]
+
+
+class TokenRow(Base):
+    """An access token; of its secret only the SHA-256 is kept."""
+
+    __tablename__ = "tokens"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    name: Mapped[str] = mapped_column(Text)
+    sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]

@@ -1,0 +1,155 @@
+// The Pareto front: any two objectives (or the candidate's number) as axes.
+
+import { card, h, select, s } from "../core/dom.js";
+import { count, score } from "../core/format.js";
+import { axis, baseLayout, drawing, plain, token } from "./plotly.js";
+
+const NUMBER = "#";
+
+export function frontPlot(model, page) {
+  const state = { x: model.objectives.length > 1 ? 0 : NUMBER, y: model.objectives.length > 1 ? 1 : 0 };
+  const plot = h("div", { class: "plot plot-front", role: "img" });
+  const options = (withNumber) => [
+    ...(withNumber ? [[NUMBER, "candidate number"]] : []),
+    ...model.objectives.map((objective, i) => [String(i), objective.name]),
+  ];
+  const choose = (key) => (value) => {
+    state[key] = value === NUMBER ? NUMBER : Number(value);
+    update();
+  };
+  const tools = [
+    h("label", null, "x", select(options(true), String(state.x), choose("x"), { "aria-label": "Objective on the x axis" })),
+    h("label", null, "y", select(options(false), String(state.y), choose("y"), { "aria-label": "Objective on the y axis" })),
+  ];
+  const node = card("Pareto front", tools, legend(), plot);
+  const draw = drawing(plot, page, () => figure(model, state), (point) => model.select(point.customdata));
+  const update = () => {
+    plot.setAttribute("aria-label", describe(model));
+    draw();
+  };
+  model.topics.on(["front", "selected", "job"], update);
+  update();
+  return node;
+}
+
+function describe({ front }) {
+  return `Plot of ${count(front.total)} evaluated candidates, ${count(front.front.length)} of them on the front. The table of candidates has the same numbers.`;
+}
+
+function legend() {
+  const symbol = (shape, colour) => s("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" },
+    s("path", { d: shape, fill: `var(${colour})` }));
+  const circle = "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8";
+  const diamond = "M6 1l5 5l-5 5l-5-5z";
+  return h(
+    "ul",
+    { class: "legend", "aria-label": "Legend" },
+    h("li", null, symbol(circle, "--plot-front"), "on the front"),
+    h("li", null, symbol(circle, "--plot-muted"), "dominated"),
+    h("li", null, symbol(diamond, "--plot-baseline"), "baselines and your own"),
+    h("li", null, symbol(circle, "--plot-selected"), "selected"),
+  );
+}
+
+const isShown = (axes) => (point) => axes.every((key) => key === NUMBER || Number.isFinite(point.values[key]));
+const coordinate = (point, key) => (key === NUMBER ? point.index : point.values[key]);
+
+function figure(model, { x, y }) {
+  const { front } = model;
+  const shown = isShown([x, y]);
+  const trace = (points, extra) => ({
+    type: "scatter",
+    mode: "markers",
+    x: points.map((point) => coordinate(point, x)),
+    y: points.map((point) => coordinate(point, y)),
+    customdata: points.map((point) => point.index),
+    text: points.map((point) => hover(model, point)),
+    hoverinfo: "text",
+    ...extra,
+  });
+  const baselines = front.baselines.filter(shown);
+  const own = new Set(baselines.map((point) => point.index));
+  const plain = (point) => shown(point) && !own.has(point.index);
+  const feasible = front.dominated.filter((point) => plain(point) && point.violation <= 0);
+  const infeasible = front.dominated.filter((point) => plain(point) && point.violation > 0);
+  const best = front.front.filter(plain);
+  const data = [
+    trace(feasible, { marker: { size: 6, color: token("--plot-muted"), opacity: 0.45 } }),
+    trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),
+    staircase(model, front.front.filter(shown), x, y),
+    trace(best, { marker: { size: 9, color: token("--plot-front"), line: { width: 1, color: token("--surface") } } }),
+    trace(baselines, baselineStyle(baselines)),
+    trace(selectedPoint(model, shown), {
+      marker: { size: 17, symbol: "circle-open", color: token("--plot-selected"), line: { width: 2.5 } },
+      hoverinfo: "skip",
+    }),
+  ];
+  const layout = {
+    ...baseLayout(),
+    xaxis: axis(axisTitle(model, x, ["better →", "← better"])),
+    yaxis: axis(axisTitle(model, y, ["better ↑", "better ↓"])),
+    uirevision: `${x}/${y}`, // keeps the user's zoom while points arrive
+  };
+  return { data, layout };
+}
+
+function axisTitle(model, key, [more, less]) {
+  if (key === NUMBER) return "candidate number";
+  const { name, metric, direction } = model.objectives[key];
+  const what = metric && metric !== name ? `${name} · ${metric}` : name;
+  if (!direction) return what;
+  return direction === "maximise" ? `${what}   ${more}` : `${less}   ${what}`;
+}
+
+function hover(model, point) {
+  const title = point.label ? `<b>#${point.index}</b> ${plain(point.label)}` : `<b>#${point.index}</b>`;
+  const values = model.objectives.map((objective, i) => `${plain(objective.name)}: ${score(point.values[i])}`);
+  if (point.violation > 0) values.push("violates a constraint");
+  return [title, ...values].join("<br>");
+}
+
+const SYMBOLS = { base: "square", uniform: "star" };
+
+function baselineStyle(points) {
+  const few = points.length <= 16;
+  return {
+    mode: few ? "markers+text" : "markers",
+    cliponaxis: false,
+    marker: {
+      size: points.map((point) => (point.on_front ? 12 : 10)),
+      symbol: points.map((point) => (point.origin === "user" ? "triangle-up" : (SYMBOLS[point.label] ?? "diamond"))),
+      color: token("--plot-baseline"),
+      line: { width: points.map((point) => (point.on_front ? 2.5 : 1)), color: points.map((point) => token(point.on_front ? "--plot-front" : "--surface")) },
+    },
+    texttemplate: points.map((point) => plain(point.label ?? `#${point.index}`)),
+    textposition: "top center",
+    textfont: { color: token("--plot-baseline"), size: 12 },
+  };
+}
+
+function selectedPoint({ front, selected }, shown) {
+  const all = [front.front, front.baselines, front.dominated];
+  const point = all.flatMap((points) => points.find((one) => one.index === selected) ?? []).at(0);
+  return point && shown(point) ? [point] : [];
+}
+
+/** The border of what is dominated in these two axes, as a step line through the points that lie on it. */
+function staircase(model, points, x, y) {
+  const line = { type: "scatter", mode: "lines", hoverinfo: "skip", line: { color: token("--plot-front"), width: 1.5 } };
+  if (x === NUMBER) return { ...line, x: [], y: [] };
+  const [ahead, above] = [x, y].map((key) => (model.objectives[key].direction === "minimise" ? -1 : 1));
+  const sorted = [...points].sort((a, b) => ahead * (b.values[x] - a.values[x]) || above * (b.values[y] - a.values[y]));
+  let top = -Infinity;
+  const steps = sorted.filter((point) => {
+    const height = above * point.values[y];
+    if (height <= top) return false;
+    top = height;
+    return true;
+  }).sort((a, b) => a.values[x] - b.values[x]);
+  return {
+    ...line,
+    line: { ...line.line, shape: ahead > 0 ? "vh" : "hv" },
+    x: steps.map((point) => point.values[x]),
+    y: steps.map((point) => point.values[y]),
+  };
+}

@@ -1,0 +1,307 @@
+"""The controller: claims a job, replays its log, and keeps its workers busy until it ends.
+
+The loop is ask, record, dispatch, record, tell. It decides nothing itself: what is proposed next is the business of
+`optimizer.search`, and how candidates are scored that of the pool. Any number of controllers may run; a lease with a
+fencing token makes sure that only one of them can write to a job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from optimizer.errors import (
+    InfeasibleCandidate,
+    InputsChanged,
+    InvalidInput,
+    JobError,
+    LeaseLost,
+    MergeoptError,
+    UserError,
+)
+from optimizer.fitness.aggregate import aggregate, violation
+from optimizer.ports import (
+    Evaluation,
+    EvaluationPool,
+    Failure,
+    JobState,
+    Lease,
+    PoolFactory,
+    Request,
+    Result,
+    RunStore,
+    Task,
+)
+from optimizer.problem import Problem
+from optimizer.search import Search
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """How a controller behaves.
+
+    Attributes:
+        owner: name written into leases, for humans.
+        lease_ttl_s: how long a job stays with a controller that shows no sign of life.
+        poll_s: how long the loop waits for results before it looks at requests and enqueued candidates again.
+    """
+
+    owner: str
+    lease_ttl_s: float = 30.0
+    poll_s: float = 0.2
+
+
+class Controller:
+    """Runs jobs one after the other; start several, in threads or processes, to run several at once."""
+
+    def __init__(self, store: RunStore, pools: PoolFactory, config: ControllerConfig) -> None:
+        self._store = store
+        self._pools = pools
+        self._config = config
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Make `run_forever` and a job under way return soon; the job stays claimable by any controller."""
+        self._stop.set()
+
+    def run_forever(self) -> None:
+        """Claim and run jobs until stopped."""
+        while not self._stop.is_set():
+            try:
+                busy = self.run_next()
+            except Exception:
+                log.exception("the controller could not go on; it tries again")
+                busy = False
+                self._stop.wait(1.0)
+            if not busy:
+                self._stop.wait(self._config.poll_s)
+
+    def run_next(self, job_id: str | None = None) -> bool:
+        """Claim one job (``job_id``, or the oldest that waits) and run it; False if there was none to claim."""
+        lease = self._store.claim(self._config.owner, self._config.lease_ttl_s, job_id)
+        if lease is None:
+            return False
+        JobRun(self._store, self._pools, self._config, lease, self._stop).run()
+        return True
+
+
+class JobRun:
+    """One controller's turn at one job."""
+
+    def __init__(
+        self,
+        store: RunStore,
+        pools: PoolFactory,
+        config: ControllerConfig,
+        lease: Lease,
+        stop: threading.Event,
+    ) -> None:
+        self._store = store
+        self._pools = pools
+        self._config = config
+        self._lease = lease
+        self._stop = stop
+        self._dispatched: set[int] = set()
+
+    def run(self) -> None:
+        """Run the job until it ends, pauses, is taken over, or the controller is stopped."""
+        try:
+            with _LeaseKeeper(self._store, self._lease, self._config.lease_ttl_s) as keeper:
+                final = self._run(keeper)
+            # The keeper has stopped: nothing renews the lease behind the back of the final state.
+            if final is None:
+                self._store.release(self._lease)
+            else:
+                self._store.set_state(self._lease, *final)
+        except LeaseLost:
+            log.warning("job %s was taken over by another controller", self._lease.job_id)
+
+    def _run(self, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
+        try:
+            return self._search(keeper)
+        except LeaseLost:
+            raise
+        except (JobError, UserError) as error:
+            return "failed", str(error)
+        except MergeoptError as error:
+            return "failed", str(error)
+        except Exception as error:
+            log.exception("job %s failed", self._lease.job_id)
+            return "failed", f"internal error: {type(error).__name__}: {error}"
+
+    def _search(self, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
+        record = self._store.load(self._lease)
+        keeper.begin(record.elapsed_s)
+        problem = _same_inputs(record.problem, self._pools.prepare(record.spec))
+        self._store.start(self._lease, problem)
+        search = Search(record.spec, problem)
+        search.replay(record.candidates, record.evaluations)
+        if not search.candidates:
+            self._add(search, first=True)
+        pool = self._pools.open(record.spec, problem)
+        try:
+            return self._loop(search, pool, keeper)
+        finally:
+            pool.close()
+
+    def _loop(self, search: Search, pool: EvaluationPool, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
+        wall_time = search.spec.budget.wall_time_s
+        while True:
+            keeper.check()
+            if self._stop.is_set():
+                return None
+            if keeper.requested == "cancel":
+                return "cancelled", None
+            out_of_time = wall_time is not None and keeper.elapsed_s >= wall_time
+            if keeper.requested == "pause" or out_of_time:
+                if not self._dispatched:
+                    return (
+                        ("paused", None)
+                        if not out_of_time
+                        else ("completed", f"{wall_time:g} s of running time are over")
+                    )
+            else:
+                self._take_enqueued(search)
+                self._add(search)
+                self._dispatch(search, pool)
+                if search.finished:
+                    return "completed", search.stop_reason
+            for result in pool.wait(self._config.poll_s if self._dispatched else 0.0):
+                self._record(search, result)
+
+    def _take_enqueued(self, search: Search) -> None:
+        for item in self._store.enqueued(self._lease):
+            if not search.accepts_more:
+                self._store.reject_enqueued(self._lease, item.id, Failure("conflict", "the budget is spent"))
+                continue
+            try:
+                candidate = search.enqueued(item.candidate)
+            except InvalidInput as error:
+                self._store.reject_enqueued(self._lease, item.id, Failure(error.code, str(error)))
+                continue
+            self._store.add_candidates(self._lease, [candidate], taken=[item.id])
+            search.add([candidate])
+
+    def _add(self, search: Search, *, first: bool = False) -> None:
+        """Record new proposals; what is known already costs no evaluation and may lead to more at once."""
+        new = search.first() if first else search.next()
+        while new:
+            self._store.add_candidates(self._lease, new)
+            search.add(new)
+            new = [] if first else search.next()
+
+    def _dispatch(self, search: Search, pool: EvaluationPool) -> None:
+        for candidate in search.waiting:
+            if len(self._dispatched) >= search.spec.in_flight:
+                return
+            if candidate.index not in self._dispatched:
+                pool.submit(Task(candidate.index, candidate.recipe))
+                self._dispatched.add(candidate.index)
+
+    def _record(self, search: Search, result: Result) -> None:
+        evaluation = _evaluate(search.problem, result)
+        self._store.add_evaluation(self._lease, evaluation)
+        self._dispatched.discard(result.index)
+        search.record(evaluation)
+
+
+def _evaluate(problem: Problem, result: Result) -> Evaluation:
+    """Turn a worker's result into the outcome that is recorded."""
+    failed = Evaluation(result.index, None, failure=result.failure, seconds=result.seconds, worker=result.worker)
+    if result.failure is not None:
+        return failed
+    try:
+        values = aggregate(problem.objectives, result.scores)
+    except InfeasibleCandidate as error:
+        return replace(failed, failure=Failure(error.code, str(error)))
+    return replace(
+        failed, values=tuple(values), violation=violation(problem.objectives, values), items=dict(result.scores)
+    )
+
+
+def _same_inputs(recorded: Problem | None, found: Problem) -> Problem:
+    """Return the problem a job goes on with; raises `InputsChanged` if a checkpoint or data set is not the one it had."""
+    if recorded is None:
+        return found
+    for name, model in recorded.models.items():
+        if found.models[name].digest != model.digest:
+            raise InputsChanged(
+                f"the checkpoint {name!r} ({model.ref}) changed since the job began", remedy="restore it"
+            )
+    for before, now in zip(recorded.objectives, found.objectives, strict=True):
+        if before.data_digest != now.data_digest:
+            raise InputsChanged(
+                f"the data of objective {before.name!r} changed since the job began", remedy="restore it"
+            )
+    return recorded
+
+
+class _LeaseKeeper:
+    """Renews a lease from a thread of its own, so that hashing, loading and long asks never lose it."""
+
+    def __init__(
+        self, store: RunStore, lease: Lease, ttl_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._lease = lease
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._began = clock()
+        self._before_s = 0.0
+        self._done = threading.Event()
+        self._lost = False
+        self._counting = False
+        self.requested: Request = "run"
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{lease.job_id}", daemon=True)
+
+    def begin(self, elapsed_s: float) -> None:
+        """Start counting running time on top of ``elapsed_s``."""
+        self._before_s = elapsed_s
+        self._began = self._clock()
+        self._counting = True
+
+    @property
+    def elapsed_s(self) -> float:
+        """Running time of the job so far, in seconds."""
+        return self._before_s + self._clock() - self._began
+
+    def check(self) -> None:
+        """Raise `LeaseLost` once the lease is gone."""
+        if self._lost:
+            raise LeaseLost(f"the lease on job {self._lease.job_id} is gone")
+
+    def __enter__(self) -> _LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._counting and not self._lost:
+            self._renew()
+
+    def _keep(self) -> None:
+        # Requests (pause, cancel) arrive with the renewal, so it is much more frequent than the lease needs.
+        renewed = self._clock()
+        while not self._done.wait(min(0.5, self._ttl_s / 3)):
+            if not self._counting:
+                continue
+            try:
+                self._renew()
+                renewed = self._clock()
+            except LeaseLost:
+                self._lost = True
+                return
+            except Exception:
+                log.warning("could not renew the lease on job %s", self._lease.job_id, exc_info=True)
+                if self._clock() - renewed > self._ttl_s:
+                    self._lost = True
+                    return
+
+    def _renew(self) -> None:
+        self.requested = self._store.renew(self._lease, self._ttl_s, self.elapsed_s)

@@ -1,0 +1,266 @@
+"""A search as a pure fold over its log: the same log always leads to the same next proposals.
+
+Everything that decides *what is proposed next* lives here, and depends on nothing but the spec, the problem and the
+sequence of recorded candidates and outcomes. Outcomes are told to the algorithm in the order of the candidates, however
+they arrive, and each candidate records how many had been told when it was proposed. So a search that is killed and
+replayed goes on exactly as one that was never interrupted, with any number of evaluations in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from optimizer.algorithms import Algorithm, AlgorithmContext, Outcome, Proposal
+from optimizer.algorithms.base import parse_options
+from optimizer.errors import JobError
+from optimizer.fitness.aggregate import to_losses
+from optimizer.pareto import update_front
+from optimizer.ports import Candidate, Evaluation
+from optimizer.problem import Problem
+from optimizer.recipe import Recipe
+from optimizer.space import Genome, MergeSpace, make_space
+from optimizer.spec import CandidateInput, JobSpec
+
+EXHAUSTED_AFTER = 200
+"""Proposals in a row that repeat earlier recipes before a search space counts as exhausted."""
+
+
+@dataclass
+class _Patience:
+    """Counts evaluations since the front last improved."""
+
+    front: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    since: int = 0
+
+    def add(self, outcome: Outcome | None) -> None:
+        self.since += 1
+        if outcome is None or not outcome.feasible or outcome.losses is None:
+            return
+        joins, pushed_out = update_front(self.front, outcome.losses)
+        if joins and not (self.front == outcome.losses).all(axis=1).any():
+            self.front = np.vstack([self.front[~pushed_out], outcome.losses])
+            self.since = 0
+
+
+class Search:
+    """The state of one job's search.
+
+    Args:
+        spec: the job.
+        problem: its inputs as found.
+
+    Attributes:
+        candidates: all recorded candidates, by index.
+        evaluations: outcomes by candidate index, without those of duplicates.
+        told: how many outcomes, from index 0 on, the algorithm has been told.
+    """
+
+    def __init__(self, spec: JobSpec, problem: Problem) -> None:
+        self.spec = spec
+        self.problem = problem
+        self.space: MergeSpace = make_space(spec, problem)
+        self.algorithm: Algorithm = self._make_algorithm()
+        self.candidates: list[Candidate] = []
+        self.evaluations: dict[int, Evaluation] = {}
+        self.told = 0
+        self._window = max(self.algorithm.batch_size, spec.in_flight)
+        self._by_fingerprint: dict[str, int] = {}
+        self._spent = 0
+        self._repeats = 0
+        self._patience = _Patience(np.empty((0, len(problem.objectives))))
+
+    # --- what the log says ------------------------------------------------------------------------------------------
+
+    def replay(self, candidates: Sequence[Candidate], evaluations: Mapping[int, Evaluation]) -> None:
+        """Bring a fresh search to where the log ends.
+
+        Raises:
+            JobError: the log is not one that this search could have written.
+        """
+        pending: list[Proposal] = []
+        for candidate in candidates:
+            self._tell_until(candidate.told, evaluations)
+            if candidate.origin == "algorithm":
+                pending = pending or self.algorithm.ask(self._room())
+                if not pending:
+                    raise JobError(
+                        f"the log has a proposal at candidate {candidate.index} where the algorithm makes none"
+                    )
+                pending.pop(0)  # the recorded genome counts: last bits differ between kinds of CPU
+            elif pending:
+                raise JobError(f"the log breaks off a generation at candidate {candidate.index}")
+            self._append(candidate)
+        self.evaluations.update(evaluations)
+
+    def record(self, evaluation: Evaluation) -> None:
+        """Take in the outcome of a recorded candidate."""
+        self.evaluations[evaluation.index] = evaluation
+
+    # --- what comes next --------------------------------------------------------------------------------------------
+
+    def first(self) -> list[Candidate]:
+        """Return the candidates every job begins with: the user's own, then the warm starts, as the budget allows."""
+        wanted: list[Candidate] = []
+        for given in self.spec.warm_starts.candidates:
+            genome, recipe = self.space.encode(given)
+            wanted.append(self._candidate(genome, recipe, label=given.label, origin="user"))
+        for label, genome in self.space.warm_starts(self.spec):
+            wanted.append(self._candidate(genome, self.space.recipe(genome), label=label, origin="warm_start"))
+        return self._number(wanted[: self.spec.budget.evaluations])
+
+    def next(self) -> list[Candidate]:
+        """Tell what can be told and return new candidates to record; none while the search waits for outcomes."""
+        while True:
+            new = self._ask()
+            if new or not self._tell_next():
+                return new
+
+    def enqueued(self, given: CandidateInput) -> Candidate:
+        """Return a user's candidate, to record as the next one; raises `InvalidInput`."""
+        genome, recipe = self.space.encode(given)
+        return self._number([self._candidate(genome, recipe, label=given.label, origin="user")])[0]
+
+    def add(self, candidates: Sequence[Candidate]) -> None:
+        """Take in candidates that have been recorded."""
+        for candidate in candidates:
+            self._append(candidate)
+
+    @property
+    def waiting(self) -> list[Candidate]:
+        """Candidates that need an evaluation and have none, by index."""
+        return [
+            candidate
+            for candidate in self.candidates[self.told :]
+            if candidate.duplicate_of is None and candidate.index not in self.evaluations
+        ]
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why no more candidates will be proposed, or None."""
+        budget = self.spec.budget
+        if self._spent >= budget.evaluations:
+            return f"the budget of {budget.evaluations} evaluations is spent"
+        if budget.patience is not None and self._patience.since >= budget.patience:
+            return f"the front has not improved for {budget.patience} evaluations"
+        if self._repeats >= max(EXHAUSTED_AFTER, 2 * self._window):
+            return f"the last {self._repeats} proposals were all known: the search space is exhausted"
+        return None
+
+    @property
+    def accepts_more(self) -> bool:
+        """Whether one more evaluation fits the budget."""
+        return self._spent < self.spec.budget.evaluations
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will be proposed any more and every outcome is in."""
+        return self.stop_reason is not None and self.told == len(self.candidates)
+
+    # --- the fold ---------------------------------------------------------------------------------------------------
+
+    def _make_algorithm(self) -> Algorithm:
+        cls, options = parse_options(self.spec.algorithm)
+        context = AlgorithmContext(
+            space=self.space,
+            weights=np.array([objective.weight for objective in self.problem.objectives]),
+            seed=self.spec.seed,
+            start=self.space.uniform(),
+            parallel=self.spec.in_flight,
+            budget=self.spec.budget.evaluations,
+        )
+        return cls(context, options)
+
+    def _room(self) -> int:
+        """How many proposals may be asked for now. Warm starts are told first: an algorithm may begin from them."""
+        if any(candidate.generation < 0 and candidate.told == 0 for candidate in self.candidates[self.told :]):
+            return 0
+        in_flight = len(self.candidates) - self.told
+        return max(0, min(self._window - in_flight, self.spec.budget.evaluations - self._spent))
+
+    def _ask(self) -> list[Candidate]:
+        room = self._room()
+        if room == 0 or self.stop_reason is not None:
+            return []
+        proposals = self.algorithm.ask(room)
+        if not proposals and self.told == len(self.candidates):
+            raise JobError(f"the algorithm {self.algorithm.name} waits although it has been told everything")
+        return self._number([self._candidate_of(proposal) for proposal in proposals])
+
+    def _candidate_of(self, proposal: Proposal) -> Candidate:
+        genome = self.space.clip(proposal.genome)
+        candidate = self._candidate(genome, self.space.recipe(genome), label=None, origin="algorithm")
+        return replace(candidate, generation=proposal.generation, parents=proposal.parents)
+
+    def _candidate(self, genome: Genome | None, recipe: Recipe, *, label: str | None, origin: str) -> Candidate:
+        return Candidate(
+            index=-1,
+            generation=-1,
+            told=self.told,
+            origin=origin,  # type: ignore[arg-type]
+            label=label,
+            genome=genome,
+            recipe=recipe.to_json(),
+            fingerprint=recipe.fingerprint,
+        )
+
+    def _number(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Give the next indices, and point each repeated recipe to the first candidate that has it."""
+        known = dict(self._by_fingerprint)
+        out = []
+        for index, candidate in enumerate(candidates, start=len(self.candidates)):
+            first = known.setdefault(candidate.fingerprint, index)
+            out.append(replace(candidate, index=index, duplicate_of=None if first == index else first))
+        return out
+
+    def _append(self, candidate: Candidate) -> None:
+        if candidate.index != len(self.candidates):
+            raise JobError(f"the log has candidate {candidate.index} where {len(self.candidates)} was due")
+        self.candidates.append(candidate)
+        self._by_fingerprint.setdefault(candidate.fingerprint, candidate.index)
+        self._spent += candidate.duplicate_of is None
+        self._repeats = self._repeats + 1 if candidate.duplicate_of is not None else 0
+
+    def _tell_until(self, count: int, evaluations: Mapping[int, Evaluation]) -> None:
+        while self.told < count:
+            self.evaluations.update(
+                {index: evaluations[index] for index in (self._source(self.told),) if index in evaluations}
+            )
+            if not self._tell_next():
+                raise JobError(f"the log lacks the outcome of candidate {self.told}")
+
+    def _source(self, index: int) -> int:
+        """The candidate whose outcome is that of ``index``."""
+        original = self.candidates[index].duplicate_of
+        return index if original is None else original
+
+    def _tell_next(self) -> bool:
+        """Tell the algorithm the next outcome in order, if it is there."""
+        if self.told == len(self.candidates):
+            return False
+        candidate = self.candidates[self.told]
+        evaluation = self.evaluations.get(self._source(self.told))
+        if evaluation is None:
+            return False
+        outcome = self._outcome(candidate, evaluation)
+        if outcome is not None:
+            self.algorithm.tell(outcome)
+        if candidate.duplicate_of is None:
+            self._patience.add(outcome)
+        self.told += 1
+        return True
+
+    def _outcome(self, candidate: Candidate, evaluation: Evaluation) -> Outcome | None:
+        """The outcome as the algorithm sees it; None for a foreign recipe, which has no genome."""
+        if candidate.genome is None:
+            return None
+        values = evaluation.values
+        return Outcome(
+            index=candidate.index,
+            genome=candidate.genome,
+            losses=None if values is None else to_losses(self.problem.objectives, values),
+            violation=evaluation.violation,
+            own=candidate.origin == "algorithm",
+        )

@@ -1,0 +1,234 @@
+"""Whether checkpoints can be merged: the layout they share, and a report that names the tensors where they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from optimizer.errors import InvalidCheckpoint
+from optimizer.geometry import Layout, make_layout
+from optimizer.problem import Finding
+from workers.checkpoints import Checkpoint, TensorMeta
+from workers.naming import canonical_names
+from workers.safetensors_header import DTYPES, MERGEABLE
+
+SHOWN = 20
+"""Names of tensors that a finding lists."""
+
+FUNCTION_FIELDS = (
+    "*_act", "*activation*", "*_eps", "*epsilon*", "rope*", "*_heads", "num_attention_heads", "n_head", "head_dim",
+    "*window*", "position_embedding_type", "*scal*", "patch_size", "image_size", "*norm_type*", "is_decoder",
+)  # fmt: skip
+"""Fields of a config that change what a model computes without changing any tensor's shape."""
+
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A checkpoint with its tensors by canonical name, split by role."""
+
+    checkpoint: Checkpoint
+    floats: Mapping[str, TensorMeta]
+    heads: Mapping[str, TensorMeta]
+    others: Mapping[str, TensorMeta]
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+
+def inspect(base: Checkpoint, experts: Sequence[Checkpoint], heads: Sequence[str]) -> tuple[Layout, list[Finding]]:
+    """Compare the experts with the base.
+
+    Args:
+        base: the common ancestor.
+        experts: the models to merge.
+        heads: patterns (``*`` matches anything) of parameters that stay each model's own; they are matched against
+            the tensor's name in its checkpoint and its canonical name.
+
+    Returns:
+        The layout of the merged model (tensors of whole numbers, such as position ids, are not part of it: they are
+        the base's), and the findings. With any error among the findings the layout must not be used.
+
+    Raises:
+        InvalidCheckpoint: transformers does not know an architecture.
+    """
+    names = [(checkpoint, canonical_names(checkpoint)) for checkpoint in (base, *experts)]
+    own = frozenset(
+        name
+        for _, raw_names in names
+        for name, raw in raw_names.items()
+        if any(fnmatchcase(text, pattern) for text in (raw, name) for pattern in heads)
+    )
+    named = [_split(checkpoint, raw_names, own) for checkpoint, raw_names in names]
+    findings = _base_findings(named[0])
+    for expert in named[1:]:
+        findings += _expert_findings(named[0], expert)
+    return _layout(named), findings
+
+
+def raise_on_errors(findings: Iterable[Finding]) -> None:
+    """Raise `InvalidCheckpoint` with the first errors of the report, if it has any."""
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if not errors:
+        return
+    lines = []
+    for finding in errors[:3]:
+        tensors = f": {', '.join(finding.tensors[:3])}" if finding.tensors else ""
+        more = len(finding.tensors) - 3
+        lines.append(f"{finding.model}: {finding.message}{tensors}{f' and {more} more' if more > 0 else ''}")
+    rest = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+    raise InvalidCheckpoint(
+        "the checkpoints do not fit together. " + "; ".join(lines) + rest,
+        field="base" if errors[0].model == "base" else "experts",
+        remedy="merge fine-tuned versions of one base model",
+    )
+
+
+def head_tensors(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:
+    """Return the tensors of a checkpoint that are not merged (heads, buffers): its own names by canonical name."""
+    shared = {tensor.name for tensor in layout.shared}
+    return {name: raw for name, raw in canonical_names(checkpoint).items() if name not in shared}
+
+
+def _split(checkpoint: Checkpoint, raw_names: Mapping[str, str], own: frozenset[str]) -> _Named:
+    parts: dict[str, dict[str, TensorMeta]] = {"floats": {}, "heads": {}, "others": {}}
+    for name, raw in raw_names.items():
+        meta = checkpoint.tensors[raw]
+        part = "heads" if name in own else "floats" if DTYPES[meta.dtype].is_floating_point else "others"
+        parts[part][name] = meta
+    return _Named(checkpoint, **parts)
+
+
+def _layout(named: Sequence[_Named]) -> Layout:
+    heads: dict[str, TensorMeta] = {}
+    for model in named:
+        heads = dict(model.heads) | heads  # the first model that has one gives its shape
+    tensors = [(name, meta.shape, meta.dtype) for name, meta in (heads | dict(named[0].floats)).items()]
+    return make_layout(tensors, frozenset(heads))
+
+
+def _base_findings(base: _Named) -> list[Finding]:
+    findings = [*_quantised(base)]
+    if not base.floats:
+        findings.append(
+            _finding("error", base, "every tensor matches a head pattern: nothing is left to merge (merge.heads)")
+        )
+    return findings
+
+
+def _quantised(model: _Named) -> list[Finding]:
+    strange = [name for name, meta in model.floats.items() if meta.dtype not in MERGEABLE]
+    if strange or model.checkpoint.config.get("quantization_config"):
+        return [_finding("error", model, "its weights are quantised, which cannot be merged", strange)]
+    return []
+
+
+def _expert_findings(base: _Named, expert: _Named) -> list[Finding]:
+    ours, theirs = base.checkpoint.config.get("model_type"), expert.checkpoint.config.get("model_type")
+    if ours != theirs:
+        return [_finding("error", expert, f"its architecture is {theirs!r}, the base's is {ours!r}")]
+    return [
+        *_quantised(expert),
+        *_name_findings(base, expert),
+        *_tensor_findings(base, expert),
+        *_integer_findings(base, expert),
+        *_config_findings(base.checkpoint, expert.checkpoint),
+        *_tokenizer_findings(base.checkpoint.path, expert),
+    ]
+
+
+def _name_findings(base: _Named, expert: _Named) -> list[Finding]:
+    known = base.floats.keys() | base.others.keys()
+    missing = [name for name in base.floats if name not in expert.floats]
+    unknown = [name for name in expert.floats if name not in known]
+    findings = []
+    if missing:
+        text = "lacks tensors that the base has (where they belong to a head, list them under merge.heads)"
+        findings.append(_finding("error", expert, text, missing))
+    if unknown:
+        text = "has tensors that the base lacks (where they belong to a head, list them under merge.heads)"
+        findings.append(_finding("error", expert, text, unknown))
+    return findings
+
+
+def _tensor_findings(base: _Named, expert: _Named) -> list[Finding]:
+    both = [name for name in base.floats if name in expert.floats]
+    findings = []
+    wrong = [name for name in both if base.floats[name].shape != expert.floats[name].shape]
+    if wrong:
+        first = f"{list(expert.floats[wrong[0]].shape)} instead of {list(base.floats[wrong[0]].shape)}"
+        findings.append(_finding("error", expert, f"has tensors of another shape than the base ({first})", wrong))
+    other = [name for name in both if base.floats[name].dtype != expert.floats[name].dtype]
+    if other:
+        text = f"is stored as {expert.floats[other[0]].dtype}, the base as {base.floats[other[0]].dtype}"
+        findings.append(_finding("warning", expert, f"{text}; the export has the base's type", other))
+    return findings
+
+
+def _integer_findings(base: _Named, expert: _Named) -> list[Finding]:
+    def differs(name: str) -> bool:
+        mine, other = base.others[name].name, expert.others[name].name
+        return not torch.equal(base.checkpoint.tensor(mine), expert.checkpoint.tensor(other))
+
+    changed = [name for name in base.others if name in expert.others and differs(name)]
+    if not changed:
+        return []
+    text = "has tensors of whole numbers that differ from the base's; the merged model has the base's"
+    return [_finding("warning", expert, text, changed)]
+
+
+def _config_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    findings = []
+    for field in sorted(base.config.keys() | expert.config.keys()):
+        mine, other = base.config.get(field), expert.config.get(field)
+        if mine != other and any(fnmatchcase(field, pattern) for pattern in FUNCTION_FIELDS):
+            text = f"its config has {field} = {other!r}, the base's has {mine!r}"
+            findings.append(Finding(severity="warning", model=expert.name, message=text))
+    return findings
+
+
+def _tokenizer_findings(base: Path, expert: _Named) -> list[Finding]:
+    path = expert.checkpoint.path
+    differing = [
+        file
+        for file in TOKENIZER_FILES
+        if (base / file).is_file()
+        and (path / file).is_file()
+        and (base / file).read_bytes() != (path / file).read_bytes()
+    ]
+    if _vocabulary(base) != _vocabulary(path) and None not in (_vocabulary(base), _vocabulary(path)):
+        differing.append("tokenizer.json")
+    if not differing:
+        return []
+    text = f"its tokenizer differs from the base's ({', '.join(differing)}): the same token may mean another word"
+    return [_finding("warning", expert, text)]
+
+
+def _vocabulary(path: Path) -> Any:
+    """The part of a tokenizer.json that gives tokens their numbers; the rest holds settings of the last call."""
+    try:
+        data = json.loads((path / "tokenizer.json").read_bytes())
+        return data["model"].get("vocab"), data["model"].get("merges"), data.get("added_tokens")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _finding(
+    severity: Literal["error", "warning"], model: _Named, message: str, tensors: Sequence[str] = ()
+) -> Finding:
+    return Finding(severity=severity, model=model.name, message=message, tensors=list(tensors[:SHOWN]))

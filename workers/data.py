@@ -1,0 +1,244 @@
+"""Loads the rows an objective is measured on: local files only, checked, and digested so that a resumed job sees changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from optimizer.errors import InvalidData
+from optimizer.spec import DataSpec
+from workers.data_files import READERS, Placed, Row, Source, inside, read_file, read_saved
+from workers.data_images import open_image, read_image_folder, subdirectories
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in their order, and how to speak of them in errors.
+
+    Attributes:
+        items: the rows; images are paths or bytes until `images` decodes them.
+        places: where each row stands in its file: ``line 3``, ``row 3``, ``cat/7.png``.
+        columns: role to column, where the spec maps one.
+        field: dotted path of the data in the job spec: ``objectives.0.data``.
+        digest: SHA-256 over the rows (image files by their bytes), in hex.
+        classes: names of the classes, by column, of columns that hold class indices.
+    """
+
+    items: Sequence[Row]
+    places: Sequence[str]
+    columns: Mapping[str, str]
+    field: str
+    digest: str
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Every column that some row has, in order of appearance."""
+        return list(dict.fromkeys(name for row in self.items for name in row))
+
+    def has(self, role: str) -> bool:
+        """Whether there is a column for a role."""
+        return self._column(role) in self.names
+
+    def values(self, role: str) -> list[Any]:
+        """Return one value a row, none of them missing; raises `InvalidData` naming the role's field or the row."""
+        column = self._column(role)
+        if column not in self.names:
+            raise InvalidData(
+                f"there is no column {column!r}",
+                field=f"{self.field}.columns.{role}",
+                remedy=f"map {role!r} to one of: {_listed(self.names)}",
+            )
+        values = [row.get(column) for row in self.items]
+        for index, value in enumerate(values):
+            if value is None:
+                raise self.error(role, index, f"{column!r} is missing")
+        return values
+
+    def texts(self, role: str) -> list[str]:
+        """Return one string a row; raises `InvalidData` naming the first row that has none."""
+        values = self.values(role)
+        for index, value in enumerate(values):
+            if not is_text(value):
+                raise self.error(role, index, f"{self._column(role)!r} must be a text, not {_kind(value)}")
+        return values
+
+    def images(self, role: str, mode: str) -> Iterator[Image.Image]:
+        """Decode one image a row, in Pillow's colour ``mode``; raises `InvalidData` naming the first that cannot be."""
+        for index, value in enumerate(self.values(role)):
+            try:
+                yield open_image(value, mode)
+            except ValueError as error:
+                raise self.error(role, index, str(error)) from error
+
+    def class_names(self, role: str) -> Sequence[str] | None:
+        """Return the names behind a role's class indices, where the data has them."""
+        return self.classes.get(self._column(role))
+
+    def error(self, role: str, index: int, message: str, remedy: str | None = None) -> InvalidData:
+        """Return an error about what row ``index`` has in a role."""
+        return InvalidData(f"{self.places[index]}: {message}", field=f"{self.field}.columns.{role}", remedy=remedy)
+
+    def _column(self, role: str) -> str:
+        return self.columns.get(role, role)
+
+
+def load_rows(data: DataSpec, path: Path, field: str) -> Rows:
+    """Read the rows that a data spec asks for.
+
+    A single file with a split asked for must have a ``split`` column. An image folder has the columns ``image`` and
+    ``label``, and takes one image of each class in turn.
+
+    Args:
+        data: the spec; its ``path`` is not used.
+        path: the file or directory, resolved and allowed.
+        field: dotted path of the spec in the job: ``objectives.0.data``.
+
+    Raises:
+        InvalidData: nothing there, no rows, malformed rows, an unknown split or a mapped column that does not exist.
+        PathNotAllowed: a link inside a directory leads outside it.
+    """
+    source = _open(path, data.split, field)
+    with closing(_generator(source.rows)) as rows:
+        kept = list(islice(rows, data.limit))
+    if not kept:
+        raise InvalidData(f"{path.name!r} has no rows", field=f"{field}.path")
+    items = [row for _, row in kept]
+    out = Rows(items, [place for place, _ in kept], data.columns, field, digest_of(items), source.classes)
+    for role, column in data.columns.items():
+        if column not in out.names:
+            raise InvalidData(
+                f"there is no column {column!r}",
+                field=f"{field}.columns.{role}",
+                remedy=f"the columns are: {_listed(out.names)}",
+            )
+    return out
+
+
+def digest_of(items: Iterable[Row]) -> str:
+    """Return the SHA-256 over rows as canonical JSON, one a line; bytes and files stand as digests of their own."""
+    digest = hashlib.sha256()
+    for row in items:
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_canonical)
+        digest.update(text.encode("ascii") + b"\n")
+    return digest.hexdigest()
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a string that UTF-8 can hold (JSON also has lone surrogates)."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Path):
+        with value.open("rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    if isinstance(value, bytes):
+        return {"sha256": hashlib.sha256(value).hexdigest()}
+    return str(value)  # dates, decimals, UUIDs
+
+
+def _open(path: Path, split: str | None, field: str) -> Source:
+    where = f"{field}.path"
+    if path.is_file():
+        return _by_column(read_file(path, where), split, field)
+    if not path.is_dir():
+        raise InvalidData(f"there is no file or directory {path.name!r}", field=where)
+    if (path / "state.json").is_file():
+        return _by_column(read_saved(path, where), split, field)
+    saved = {name: path / name for name in subdirectories(path) if (path / name / "state.json").is_file()}
+    if saved:
+        return read_saved(inside(path, _pick(saved, split, field), where), where)
+    files = _split_files(path, where)
+    if files:
+        return read_file(inside(path, _pick(files, split, field), where), where)
+    if split is None:
+        return read_image_folder(path, path, where)
+    directories = {name: path / name for name in subdirectories(path)}
+    return read_image_folder(path, _pick(directories, split, field), where)
+
+
+def _split_files(path: Path, where: str) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in READERS and not file.name.startswith("."):
+            if file.stem in files:
+                raise InvalidData(
+                    f"two files hold the split {file.stem!r}: {files[file.stem].name} and {file.name}",
+                    field=where,
+                    remedy="remove one of them",
+                )
+            files[file.stem] = file
+    return files
+
+
+def _pick(splits: Mapping[str, T], split: str | None, field: str) -> T:
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if split is None:
+        raise InvalidData(
+            "the data has several splits", field=f"{field}.split", remedy=f"use one of: {_listed(splits)}"
+        )
+    if split not in splits:
+        raise _unknown_split(split, splits, field)
+    return splits[split]
+
+
+def _by_column(source: Source, split: str | None, field: str) -> Source:
+    return source if split is None else replace(source, rows=_only(source.rows, split, field))
+
+
+def _only(rows: Iterator[Placed], split: str, field: str) -> Iterator[Placed]:
+    seen: dict[str, None] = {}
+    with closing(_generator(rows)):
+        for place, row in rows:
+            if "split" not in row:
+                raise InvalidData(
+                    f"{place}: a split is asked for, but there is no column `split`",
+                    field=f"{field}.split",
+                    remedy="leave the split out, or give a directory with one file for each split",
+                )
+            seen[str(row["split"])] = None
+            if str(row["split"]) == split:
+                yield place, row
+    if seen and split not in seen:
+        raise _unknown_split(split, seen, field)
+
+
+def _generator(rows: Iterator[Placed]) -> Any:
+    return rows  # every reader is a generator: it has `close`, which closes the file
+
+
+def _unknown_split(split: str, splits: Iterable[str], field: str) -> InvalidData:
+    return InvalidData(
+        f"there is no split {split!r}", field=f"{field}.split", remedy=f"the splits are: {_listed(splits)}"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
+
+
+def _kind(value: object) -> str:
+    return "one with lone surrogates" if isinstance(value, str) else type(value).__name__

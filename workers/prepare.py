@@ -1,0 +1,117 @@
+"""Looking at a job's inputs before anything runs: checkpoints, operator, objectives, data, algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from optimizer.algorithms.base import parse_options
+from optimizer.errors import InvalidInput
+from optimizer.geometry import Layout
+from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
+from optimizer.recipe import ModelId
+from optimizer.space import make_space
+from optimizer.spec import JobSpec, Objective
+from workers.checkpoints import Checkpoint, open_checkpoints
+from workers.compatibility import inspect, raise_on_errors
+from workers.data import load_rows
+from workers.evaluators.base import Evaluator, parse_evaluator, resolve_metric
+from workers.merging.operators import operator_info, parse_operator_options
+from workers.roots import Roots
+
+
+def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = lambda found: found.digest) -> Problem:
+    """Look at everything a job names and return what was found.
+
+    Args:
+        spec: the job.
+        roots: where checkpoints and data may be.
+        digest: how a checkpoint's content digest is found. Validation passes `quick_digest`, which reads no weights.
+
+    Raises:
+        InvalidInput: naming the field, if anything is missing, malformed or does not fit.
+    """
+    parse_options(spec.algorithm)
+    operator = _operator(spec)
+    checkpoints = open_checkpoints(spec, roots)
+    base, *experts = checkpoints.values()
+    layout, findings = inspect(base, experts, spec.merge.heads)
+    raise_on_errors(findings)
+    _check_heads(spec, layout)
+    evaluators = make_evaluators(spec, roots, checkpoints)
+    objectives = [
+        _resolve(number, objective, evaluator)
+        for number, (objective, evaluator) in enumerate(zip(spec.objectives, evaluators, strict=True))
+    ]
+    refs = {"base": spec.base} | {expert.name: expert for expert in spec.experts}
+    problem = Problem(
+        models={
+            name: ModelId(ref=refs[name].plain(), digest=digest(checkpoint)) for name, checkpoint in checkpoints.items()
+        },
+        layout=layout,
+        operator=operator,
+        objectives=objectives,
+        findings=findings,
+    )
+    space = make_space(spec, problem)
+    for candidate in spec.warm_starts.candidates:
+        space.encode(candidate)
+    return problem
+
+
+def quick_digest(_: Checkpoint) -> str:
+    """A placeholder digest for validation, which must answer at once and stores nothing."""
+    return "0" * 64
+
+
+def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> list[Evaluator]:
+    """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model."""
+    evaluators = []
+    for number, objective in enumerate(spec.objectives):
+        field = f"objectives.{number}"
+        cls, options = parse_evaluator(objective, number)
+        path = roots.path(objective.data.path, f"{field}.data.path")
+        rows = load_rows(objective.data, path, field)
+        evaluators.append(cls(options, rows, checkpoints[objective.head or "base"].path, field))
+    return evaluators
+
+
+def _operator(spec: JobSpec) -> OperatorInfo:
+    info = operator_info(spec.merge.operator, "merge.operator")
+    parse_operator_options(spec.merge.operator, spec.merge.options)
+    count = len(spec.experts)
+    if count < info.min_experts or (info.max_experts is not None and count > info.max_experts):
+        allowed = f"{info.min_experts} to {info.max_experts}" if info.max_experts else f"at least {info.min_experts}"
+        raise InvalidInput(
+            f"{info.name} merges {allowed} experts, not {count}",
+            field="experts",
+            remedy="choose another operator, for example task_arithmetic",
+        )
+    return info
+
+
+def _check_heads(spec: JobSpec, layout: Layout) -> None:
+    if len(layout.shared) == len(layout.tensors):
+        return
+    names = ", ".join(expert.name for expert in spec.experts)
+    for number, objective in enumerate(spec.objectives):
+        if objective.head is None:
+            raise InvalidInput(
+                "the experts have heads of their own, so this objective must name whose head it uses",
+                field=f"objectives.{number}.head",
+                remedy=f"use one of: {names}",
+            )
+
+
+def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> ResolvedObjective:
+    metric, direction = resolve_metric(objective, type(evaluator), number)
+    constraint = objective.constraint
+    return ResolvedObjective(
+        name=objective.name,
+        metric=metric,
+        direction=direction,
+        weight=objective.weight,
+        at_least=constraint.at_least if constraint else None,
+        at_most=constraint.at_most if constraint else None,
+        items=len(evaluator),
+        data_digest=evaluator.digest,
+    )

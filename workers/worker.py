@@ -1,0 +1,121 @@
+"""One evaluation worker: resident models, tokenised items, and nothing that outlives it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optimizer.errors import InfeasibleCandidate, InvalidInput, JobError, RetryableError, UserError
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.ports import Failure, Result, Task
+from optimizer.problem import Problem
+from optimizer.recipe import Recipe
+from optimizer.spec import JobSpec
+from workers.checkpoints import open_checkpoints
+from workers.evaluators.base import Evaluator
+from workers.merging.engine import MergeEngine
+from workers.merging.resident import ResidentModels
+from workers.prepare import make_evaluators
+from workers.roots import Roots
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """An evaluator that runs once for all objectives that read the same items through the same head."""
+
+    evaluator: Evaluator
+    head: str | None
+    objectives: tuple[tuple[str, str], ...]  # (objective, metric)
+
+
+class EvaluationWorker:
+    """Evaluates candidates of one job: merges in place into the resident model, then runs every evaluator.
+
+    Args:
+        spec: the job.
+        problem: its inputs as found when it was prepared.
+        roots: where checkpoints and data may be.
+        name: how the worker is called in results.
+    """
+
+    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
+        self._name = name
+        device = _device(spec.workers.device)
+        torch.set_num_threads(max(1, int(spec.workers.cpus)))
+        checkpoints = open_checkpoints(spec, roots)
+        engine = MergeEngine(checkpoints, problem.layout)
+        dtype = getattr(torch, spec.workers.dtype)
+        self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
+        self._measures = _measures(spec, problem, make_evaluators(spec, roots, checkpoints))
+
+    def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
+        """Return the per-item scores of a candidate, or why it has none.
+
+        Errors that concern the whole job or that a retry may mend are raised: `JobError`, `UserError`,
+        `RetryableError`. Everything else is this candidate's failure.
+        """
+        seconds: dict[str, float] = {}
+        try:
+            with _timed(seconds, "merge"):
+                self._models.apply(Recipe.parse(task.recipe))
+            scores: dict[str, ItemScores] = {}
+            with _timed(seconds, "evaluate"):
+                for measure in self._measures:
+                    model = self._models.model(measure.head, measure.evaluator.auto_class)
+                    found = measure.evaluator.evaluate(model, cancelled)
+                    scores |= {objective: found[metric] for objective, metric in measure.objectives}
+        except (RetryableError, JobError):
+            raise
+        except torch.OutOfMemoryError as error:
+            return self._failed(task, "out_of_memory", error, seconds)
+        except (InfeasibleCandidate, UserError) as error:
+            return self._failed(task, error.code, error, seconds)
+        except Exception as error:  # noqa: BLE001 - an evaluator's defect costs this candidate, not the job
+            return self._failed(task, "evaluation_failed", error, seconds)
+        return Result(task.index, scores, seconds=seconds, worker=self._name)
+
+    def _failed(self, task: Task, code: str, error: Exception, seconds: Mapping[str, float]) -> Result:
+        message = str(error) or type(error).__name__
+        return Result(task.index, failure=Failure(code, message[:2000]), seconds=dict(seconds), worker=self._name)
+
+
+class _timed:  # noqa: N801 - reads as a statement
+    """Adds the seconds its block took to a dictionary."""
+
+    def __init__(self, into: dict[str, float], part: str) -> None:
+        self._into, self._part = into, part
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._into[self._part] = time.perf_counter() - self._start
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(
+            "this worker has no GPU", field="workers.device", remedy="use `auto` or `cpu`, or ask for `workers.gpus`"
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _measures(spec: JobSpec, problem: Problem, evaluators: list[Evaluator]) -> list[_Measure]:
+    """Group objectives that differ only in the metric, so that each forward pass is done once."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, objective in enumerate(spec.objectives):
+        same: dict[str, Any] = objective.model_dump(mode="json", include={"evaluator", "options", "data", "head"})
+        groups[repr(same)].append(number)
+    return [
+        _Measure(
+            evaluator=evaluators[numbers[0]],
+            head=spec.objectives[numbers[0]].head,
+            objectives=tuple((spec.objectives[n].name, problem.objectives[n].metric) for n in numbers),
+        )
+        for numbers in groups.values()
+    ]
