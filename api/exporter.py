@@ -43,7 +43,7 @@ class Exporter:
         while not self._stop.is_set():
             try:
                 busy = self.run_next()
-            except Exception:  # noqa: BLE001 - a store that is down for a while must not end the exporter
+            except Exception:
                 log.exception("the exporter could not go on; it tries again")
                 busy = False
             if not busy:
@@ -74,7 +74,7 @@ class Exporter:
             raise
         except MergeoptError as error:
             return None, {"code": error.code, "message": str(error)}
-        except Exception as error:  # noqa: BLE001 - a defect fails this export with its reason
+        except Exception as error:
             log.exception("export %s failed", task.id)
             return None, {"code": "internal_error", "message": f"{type(error).__name__}: {error}"}
 
@@ -90,9 +90,10 @@ class Exporter:
 
     def _write(self, task: ExportTask, progress: Callable[[float], None]) -> Path:
         # torch is imported only where there is something to export: an API process stays small.
+        from workers.export import export_checkpoint
+
         from workers.checkpoints import open_checkpoints
         from workers.compatibility import inspect
-        from workers.export import export_checkpoint
         from workers.roots import Roots
 
         recipe = Recipe.parse(task.recipe)
@@ -154,5 +155,5 @@ class _Reporter:
             except LeaseLost:
                 self._lost = True
                 return
-            except Exception:  # noqa: BLE001 - the database may come back before the claim runs out
+            except Exception:
                 log.warning("could not report on export %s", self._task.id, exc_info=True)

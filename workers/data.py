@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,13 +16,13 @@ from PIL import Image
 
 from optimizer.errors import InvalidData
 from optimizer.spec import DataSpec
-from workers.data_files import READERS, Placed, Row, Source, inside, read_file, read_saved
+from workers.data_files import READERS, PlacedRows, Row, Source, file_inside, inside, read_file, read_saved
 from workers.data_images import open_image, read_image_folder, subdirectories
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Rows in their order, and how to speak of them in errors.
 
@@ -40,7 +40,7 @@ class Rows:
     columns: Mapping[str, str]
     field: str
     digest: str
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -112,13 +112,17 @@ def load_rows(data: DataSpec, path: Path, field: str) -> Rows:
         InvalidData: nothing there, no rows, malformed rows, an unknown split or a mapped column that does not exist.
         PathNotAllowed: a link inside a directory leads outside it.
     """
-    source = _open(path, data.split, field)
-    with closing(_generator(source.rows)) as rows:
-        kept = list(islice(rows, data.limit))
+    try:
+        source = _open(path, data.split, field)
+        with closing(source.rows) as rows:
+            kept = list(islice(rows, data.limit))
+        items = [row for _, row in kept]
+        digest = digest_of(items)
+    except OSError as error:
+        raise InvalidData(f"{path.name!r} cannot be read: {error}", field=f"{field}.path") from error
     if not kept:
         raise InvalidData(f"{path.name!r} has no rows", field=f"{field}.path")
-    items = [row for _, row in kept]
-    out = Rows(items, [place for place, _ in kept], data.columns, field, digest_of(items), source.classes)
+    out = Rows(items, [place for place, _ in kept], data.columns, field, digest, source.classes)
     for role, column in data.columns.items():
         if column not in out.names:
             raise InvalidData(
@@ -171,7 +175,7 @@ def _open(path: Path, split: str | None, field: str) -> Source:
         return read_saved(inside(path, _pick(saved, split, field), where), where)
     files = _split_files(path, where)
     if files:
-        return read_file(inside(path, _pick(files, split, field), where), where)
+        return read_file(file_inside(path, _pick(files, split, field), where), where)
     if split is None:
         return read_image_folder(path, path, where)
     directories = {name: path / name for name in subdirectories(path)}
@@ -205,12 +209,12 @@ def _pick(splits: Mapping[str, T], split: str | None, field: str) -> T:
 
 
 def _by_column(source: Source, split: str | None, field: str) -> Source:
-    return source if split is None else replace(source, rows=_only(source.rows, split, field))
+    return source if split is None else dataclasses.replace(source, rows=_only(source.rows, split, field))
 
 
-def _only(rows: Iterator[Placed], split: str, field: str) -> Iterator[Placed]:
+def _only(rows: PlacedRows, split: str, field: str) -> PlacedRows:
     seen: dict[str, None] = {}
-    with closing(_generator(rows)):
+    with closing(rows):
         for place, row in rows:
             if "split" not in row:
                 raise InvalidData(
@@ -223,10 +227,6 @@ def _only(rows: Iterator[Placed], split: str, field: str) -> Iterator[Placed]:
                 yield place, row
     if seen and split not in seen:
         raise _unknown_split(split, seen, field)
-
-
-def _generator(rows: Iterator[Placed]) -> Any:
-    return rows  # every reader is a generator: it has `close`, which closes the file
 
 
 def _unknown_split(split: str, splits: Iterable[str], field: str) -> InvalidData:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from optimizer.errors import InvalidData, PathNotAllowed
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]
+PlacedRows = Generator[Placed, None, None]
 
 _BATCH_ROWS = 1024
 
@@ -33,7 +34,7 @@ class Source:
         classes: names of the classes of columns that hold class indices, where the file says so.
     """
 
-    rows: Iterator[Placed]
+    rows: PlacedRows
     classes: Mapping[str, list[str]] = field(default_factory=dict)
 
 
@@ -70,7 +71,7 @@ def read_saved(directory: Path, where: str) -> Source:
         raise InvalidData(
             f"{directory.name}/state.json is not one of `datasets.save_to_disk`: {error!r}", field=where
         ) from error
-    files = [inside(directory, directory / name, where) for name in names]
+    files = [file_inside(directory, directory / name, where) for name in names]
     classes: dict[str, list[str]] = {}
     for file in files[:1]:
         with _arrow_errors(file, where), pa.OSFile(str(file)) as source:
@@ -80,13 +81,24 @@ def read_saved(directory: Path, where: str) -> Source:
 
 def inside(root: Path, path: Path, where: str) -> Path:
     """Return ``path`` with its links resolved; raises `PathNotAllowed` when that is not under ``root``."""
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+    except RuntimeError:  # links in a circle, on Python before 3.13
+        resolved = Path("/")
     if not resolved.is_relative_to(root.resolve()):
         raise PathNotAllowed(
-            f"{path.name!r} leads outside the data's directory",
+            f"{path.name!r} is a link that leads outside the data's directory",
             field=where,
             remedy="copy the file instead of linking it",
         )
+    return resolved
+
+
+def file_inside(root: Path, path: Path, where: str) -> Path:
+    """Like `inside`, for a path that must be a regular file; else raises `InvalidData`."""
+    resolved = inside(root, path, where)
+    if not resolved.is_file():
+        raise InvalidData(f"{path.name!r} is no regular file", field=where)
     return resolved
 
 
@@ -94,8 +106,8 @@ def _read_jsonl(path: Path, where: str) -> Source:
     return Source(_jsonl_rows(path, where))
 
 
-def _jsonl_rows(path: Path, where: str) -> Iterator[Placed]:
-    with _open_errors(path, where), path.open("rb") as lines:
+def _jsonl_rows(path: Path, where: str) -> PlacedRows:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -118,8 +130,8 @@ def _read_csv(path: Path, where: str) -> Source:
     return Source(_csv_rows(path, where))
 
 
-def _csv_rows(path: Path, where: str) -> Iterator[Placed]:
-    with _open_errors(path, where), path.open(encoding="utf-8-sig", newline="") as file:
+def _csv_rows(path: Path, where: str) -> PlacedRows:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
@@ -146,12 +158,12 @@ def _read_parquet(path: Path, where: str) -> Source:
     return Source(_parquet_rows(path, where), classes)
 
 
-def _parquet_rows(path: Path, where: str) -> Iterator[Placed]:
+def _parquet_rows(path: Path, where: str) -> PlacedRows:
     with _arrow_errors(path, where), pq.ParquetFile(path) as file:
         yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
 
 
-def _saved_rows(files: list[Path], where: str) -> Iterator[Placed]:
+def _saved_rows(files: list[Path], where: str) -> PlacedRows:
     first = 1
     for file in files:
         with _arrow_errors(file, where), pa.OSFile(str(file)) as source:
@@ -160,7 +172,7 @@ def _saved_rows(files: list[Path], where: str) -> Iterator[Placed]:
                 first += 1
 
 
-def _numbered(batches: Iterator[Any], first: int = 1) -> Iterator[Placed]:
+def _numbered(batches: Iterable[Any], first: int = 1) -> PlacedRows:
     for batch in batches:
         batch.validate(full=True)  # a damaged file can hold offsets that point anywhere
         for start in range(0, batch.num_rows, _BATCH_ROWS):
@@ -180,14 +192,6 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
         }
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}  # not written by `datasets`, which is as good
-
-
-@contextmanager
-def _open_errors(path: Path, where: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InvalidData(f"{path.name} cannot be read: {error.strerror}", field=where) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from optimizer.errors import InvalidData
-from workers.data_files import Placed, Source, inside
+from workers.data_files import PlacedRows, Source, file_inside, inside
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -53,10 +52,10 @@ def subdirectories(directory: Path) -> list[str]:
 def _images(root: Path, directory: Path, where: str) -> list[Path]:
     inside(root, directory, where)
     files = sorted(file for file in directory.iterdir() if file.suffix.lower() in SUFFIXES)
-    return [inside(root, file, where) for file in files if not file.name.startswith(".")]
+    return [file_inside(root, file, where) for file in files if not file.name.startswith(".")]
 
 
-def _in_turn(listed: list[list[Path]], classes: list[str]) -> Iterator[Placed]:
+def _in_turn(listed: list[list[Path]], classes: list[str]) -> PlacedRows:
     for turn in zip_longest(*listed):
         for label, file in enumerate(turn):
             if file is not None:

@@ -11,11 +11,9 @@ from api.context import Context
 from api.routes import examples
 from api.routes.common import Cursor, Deps, JobId, Limit, Store, answers
 from api.views import JobSummary, JobView, Page, ValidationView
-from optimizer.algorithms.base import parse_options
 from optimizer.errors import Conflict, InvalidInput, NotFound, TooLarge
 from optimizer.ports import JobState
-from optimizer.problem import Problem
-from optimizer.space import MergeSpace, make_space
+from optimizer.space import make_space
 from optimizer.spec import JobSpec, Strict, parse_spec
 
 router = APIRouter(tags=["jobs"])
@@ -69,7 +67,7 @@ def submit_job(
     Nothing is recorded unless everything fits together. With an `Idempotency-Key` the request may be repeated safely;
     the same key with another spec is a conflict.
     """
-    check(spec, context)
+    context.inspect(spec)
     return _create(spec, context, response, idempotency_key)
 
 
@@ -82,7 +80,8 @@ def submit_job(
 )
 def validate_job(spec: SpecBody, context: Deps) -> ValidationView:
     """Do all the checks of a submission and record nothing."""
-    problem, space = check(spec, context)
+    problem = context.inspect(spec)
+    space = make_space(spec, problem)
     return ValidationView(
         spec=spec.model_dump(mode="json"),
         findings=problem.findings,
@@ -188,22 +187,8 @@ def clone_job(
 ) -> JobView:
     """Submit a job like this one, with changes."""
     spec = parse_spec(merge_patch(context.store.get_job(job_id).spec, body.changes))
-    check(spec, context)
+    context.inspect(spec)
     return _create(spec, context, response, idempotency_key, cloned_from=job_id)
-
-
-def check(spec: JobSpec, context: Context) -> tuple[Problem, MergeSpace]:
-    """Do every check that is possible before a job starts; raises `InvalidInput` that names the field."""
-    parse_options(spec.algorithm)
-    problem = context.inspect(spec)
-    space = make_space(spec, problem)
-    for number, candidate in enumerate(spec.warm_starts.candidates):
-        try:
-            space.encode(candidate)
-        except InvalidInput as error:
-            field = ".".join(part for part in (f"warm_starts.candidates.{number}", error.field) if part)
-            raise type(error)(error.message, field=field, remedy=error.remedy) from error
-    return problem, space
 
 
 def merge_patch(target: Any, patch: Any) -> Any:

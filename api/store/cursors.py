@@ -27,6 +27,7 @@ def encode(order: str, *key: str | int | float) -> str:
 
 def decode(cursor: str, order: str, *types: type) -> list[Any]:
     """Return the sort key in ``cursor``; raises `InvalidInput` if it was not made for ``order`` with these types."""
+    key: list[Any]
     try:
         made_for, *key = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     except (ValueError, TypeError, binascii.Error, RecursionError):

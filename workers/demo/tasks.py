@@ -104,9 +104,8 @@ def _continent_rows() -> list[Row]:
     for city in cache.get_cities().values():
         found.setdefault(city["name"], set()).add(continent[city["countrycode"]])
         population[city["name"]] = max(population.get(city["name"], 0), city["population"])
-    rows = [
+    return [
         (name, CONTINENTS[next(iter(where))])
         for name, where in found.items()
         if len(where) == 1 and population[name] >= 75_000 and next(iter(where)) in CONTINENTS
     ]
-    return rows

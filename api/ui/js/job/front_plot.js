@@ -69,10 +69,10 @@ function figure(model, { x, y }) {
   });
   const baselines = front.baselines.filter(shown);
   const own = new Set(baselines.map((point) => point.index));
-  const plain = (point) => shown(point) && !own.has(point.index);
-  const feasible = front.dominated.filter((point) => plain(point) && point.violation <= 0);
-  const infeasible = front.dominated.filter((point) => plain(point) && point.violation > 0);
-  const best = front.front.filter(plain);
+  const other = (point) => shown(point) && !own.has(point.index);
+  const feasible = front.dominated.filter((point) => other(point) && point.violation <= 0);
+  const infeasible = front.dominated.filter((point) => other(point) && point.violation > 0);
+  const best = front.front.filter(other);
   const data = [
     trace(feasible, { marker: { size: 6, color: token("--plot-muted"), opacity: 0.45 } }),
     trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),

@@ -73,7 +73,8 @@ export function axis(title) {
  */
 export function drawing(node, page, figure, onClick) {
   let drawn = false;
-  let busy = null;
+  let busy = false;
+  let again = false;
   const draw = async () => {
     const plotly = await loadPlotly();
     if (page.signal.aborted) return;
@@ -91,10 +92,20 @@ export function drawing(node, page, figure, onClick) {
       plotly.purge(node);
     });
   };
-  const update = () => {
-    busy = (busy ?? Promise.resolve()).then(draw).catch((error) => {
+  const update = async () => {
+    again = true;
+    if (busy) return;
+    busy = true;
+    try {
+      while (again && !page.signal.aborted) {
+        again = false;
+        await draw();
+      }
+    } catch (error) {
       node.textContent = error.message;
-    });
+    } finally {
+      busy = false;
+    }
   };
   document.addEventListener("themechange", update, { signal: page.signal });
   return update;

@@ -1,0 +1,5 @@
+"""`python -m api` is `mergeopt`."""
+
+from api.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The commands of `mergeopt`, grouped by what they talk to."""

@@ -1,0 +1,144 @@
+"""Views as Rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from api.views import CandidateSummary, JobSummary, JobView, TokenView, ValidationView
+from optimizer.problem import Finding
+
+STATE_STYLES = {
+    "queued": "yellow",
+    "running": "cyan",
+    "paused": "magenta",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "dim",
+}
+_SEVERITY_STYLES = {"error": "red", "warning": "yellow", "info": "dim"}
+
+
+def number(value: float | None) -> str:
+    """Return a score for people."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people, as h:mm:ss."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def state(name: str) -> Text:
+    """Return a state in its colour."""
+    return Text(name, style=STATE_STYLES.get(name, ""))
+
+
+def plain_table(*columns: str) -> Table:
+    """Return an empty table without a box."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def spent(job: JobSummary) -> int:
+    """Return the evaluations a job has spent."""
+    return job.progress.completed + job.progress.failed
+
+
+def jobs_table(jobs: Iterable[JobSummary]) -> Table:
+    """Return a list of jobs."""
+    table = plain_table("job", "state", "name", "evaluations", "front", "best", "algorithm", "created")
+    for job in jobs:
+        table.add_row(
+            job.id,
+            state(job.state),
+            Text(job.name),
+            f"{spent(job)}/{job.progress.budget}",
+            str(job.progress.front),
+            ", ".join(number(value) for value in job.best),
+            job.algorithm,
+            f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
+        )
+    return table
+
+
+def job_panel(job: JobView, elapsed_s: float | None = None) -> RenderableType:
+    """Return a job with its progress bar and its best value of each objective.
+
+    Args:
+        elapsed_s: running time, where it is known better than the job says.
+    """
+    title = Text.assemble((job.name, "bold"), f"  {job.id}  ", state(job.state))
+    if job.reason:
+        title.append(f"  {job.reason}", style="dim")
+    progress = job.progress
+    bar = Table.grid(padding=(0, 2))
+    bar.add_row(
+        ProgressBar(total=progress.budget, completed=min(spent(job), progress.budget), width=40),
+        f"{spent(job)}/{progress.budget}",
+        duration(progress.elapsed_s if elapsed_s is None else elapsed_s),
+        f"front {progress.front}",
+        f"failed {progress.failed}",
+        f"duplicates {progress.duplicates}",
+    )
+    best = plain_table("objective", "metric", "direction", "best")
+    for objective, value in zip(job.objectives, job.best, strict=True):
+        best.add_row(objective.name, objective.metric or "default", objective.direction or "", number(value))
+    return Group(title, bar, best)
+
+
+def candidates_table(candidates: Iterable[CandidateSummary], objectives: Sequence[str]) -> Table:
+    """Return candidates with a column for each objective."""
+    table = plain_table("candidate", *objectives, "origin", "generation", "state")
+    for candidate in candidates:
+        values: Sequence[float | None] = candidate.values or [None] * len(objectives)
+        table.add_row(
+            str(candidate.index) + (f" ({candidate.label})" if candidate.label else ""),
+            *(number(value) for value in values),
+            candidate.origin,
+            str(candidate.generation),
+            candidate.state,
+        )
+    return table
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """Return a compatibility report."""
+    table = plain_table("severity", "model", "finding", "tensors")
+    for finding in findings:
+        table.add_row(
+            Text(finding.severity, style=_SEVERITY_STYLES[finding.severity]),
+            finding.model,
+            Text(finding.message),
+            ", ".join(finding.tensors[:3]) + (" …" if len(finding.tensors) > 3 else ""),
+        )
+    return table
+
+
+def validation_panel(validation: ValidationView) -> RenderableType:
+    """Return what a valid job spec comes to."""
+    line = Text.assemble(
+        ("valid", "green"),
+        f": {validation.variables} variables, {len(validation.groups)} coefficient groups × "
+        f"{len(validation.columns)} ({', '.join(validation.columns)})",
+    )
+    return Group(line, findings_table(validation.findings)) if validation.findings else line
+
+
+def tokens_table(tokens: Iterable[TokenView]) -> Table:
+    """Return a list of access tokens."""
+    table = plain_table("id", "name", "created", "expires", "last used")
+    for token in tokens:
+        times = [
+            f"{at.astimezone():%Y-%m-%d %H:%M}" if at else "never"
+            for at in (token.created_at, token.expires_at, token.last_used_at)
+        ]
+        table.add_row(str(token.id), Text(token.name), *times)
+    return table

@@ -1,0 +1,168 @@
+"""What follows from one outcome, in its transaction: the front, counters, best values, duplicates, the event."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import insert, select, update
+from sqlalchemy.orm import Session
+
+from api.store import events, rendering
+from api.store.columns import utc_now
+from api.store.models import CandidateRow, ImprovementRow, ItemScoresRow, JobRow, ObjectiveValueRow
+from optimizer.errors import Conflict, InvalidInput, NotFound
+from optimizer.pareto import update_front
+from optimizer.ports import Evaluation
+
+# What a duplicate shows of its original; it is never on the front and cost no time itself.
+_SHARED = ("state", "values", "violation", "failure", "finished_at")
+_PENDING: dict[str, Any] = {"state": "pending", "values": None, "violation": 0.0, "failure": None, "finished_at": None}
+
+
+def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
+    """Record an outcome under the locked job; return whether the candidate had none before."""
+    candidate = session.get(CandidateRow, (job.id, evaluation.index))
+    if candidate is None:
+        raise NotFound(f"the job has no candidate {evaluation.index}", field="candidate")
+    if candidate.duplicate_of is not None:
+        raise Conflict(f"candidate {evaluation.index} shares the outcome of {candidate.duplicate_of}")
+    if candidate.state != "pending":
+        return False
+    _check(job, evaluation)
+    _fill(candidate, evaluation)
+    if evaluation.values is None:
+        job.failed += 1
+    else:
+        job.completed += 1
+        if evaluation.violation <= 0:
+            candidate.on_front = _join_front(session, job, list(evaluation.values))
+            _note_improvement(session, job, evaluation.index, list(evaluation.values))
+    _insert_items(session, job, evaluation)
+    _share(session, job, candidate)
+    events.append(session, job.id, _evaluated(job, candidate))
+    return True
+
+
+def shared(original: CandidateRow | None) -> dict[str, Any]:
+    """Return the outcome columns of a new candidate: its original's, or those of one that waits."""
+    return dict(_PENDING) if original is None else {name: getattr(original, name) for name in _SHARED}
+
+
+def insert_values(session: Session, job: JobRow, values: dict[int, list[float]]) -> None:
+    """Insert the objective values of candidates, by index."""
+    rows = [
+        {"job_id": job.id, "objective": objective, "index": index, "value": value}
+        for index, row in values.items()
+        for objective, value in enumerate(row)
+    ]
+    if rows:
+        session.execute(insert(ObjectiveValueRow), rows)
+
+
+def signs(job: JobRow) -> NDArray[np.float64]:
+    """Return what turns values into losses, shape (objectives,): -1 where more is better."""
+    return np.array([-1.0 if objective["direction"] == "maximise" else 1.0 for objective in job.objectives])
+
+
+def _check(job: JobRow, evaluation: Evaluation) -> None:
+    if any(objective["direction"] is None for objective in job.objectives):
+        raise Conflict("the job was never started")
+    values, names = evaluation.values, _names(job)
+    if (values is None) == (evaluation.failure is None):
+        raise InvalidInput("an outcome has either values or a failure", field="values")
+    if values is not None and len(values) != len(names):
+        raise InvalidInput(f"{len(values)} values for {len(names)} objectives", field="values")
+    if not all(math.isfinite(number) for number in (evaluation.violation, *(values or ()))):
+        raise InvalidInput("not all values are finite", field="values", remedy="record a failure")
+    unknown = sorted(set(evaluation.items) - set(names))
+    if unknown:
+        raise InvalidInput(f"scores of unknown objectives: {', '.join(unknown)}", field="items")
+
+
+def _names(job: JobRow) -> list[str]:
+    return [objective["name"] for objective in job.objectives]
+
+
+def _fill(candidate: CandidateRow, evaluation: Evaluation) -> None:
+    failure = evaluation.failure
+    candidate.state = "completed" if failure is None else "failed"
+    candidate.values = None if evaluation.values is None else list(evaluation.values)
+    candidate.violation = evaluation.violation
+    candidate.failure = None if failure is None else {"code": failure.code, "message": failure.message}
+    candidate.seconds = dict(evaluation.seconds)
+    candidate.worker = evaluation.worker
+    candidate.finished_at = utc_now()
+
+
+def _join_front(session: Session, job: JobRow, values: list[float]) -> bool:
+    """Let a feasible candidate join the front if it may, and take out whom it dominates; return whether it joined."""
+    front = session.execute(
+        select(CandidateRow.index, CandidateRow.values).where(CandidateRow.job_id == job.id, CandidateRow.on_front)
+    ).all()
+    losses = np.array([row for _, row in front], dtype=np.float64).reshape(len(front), len(values)) * signs(job)
+    joins, pushed_out = update_front(losses, np.array(values) * signs(job))
+    if not joins:
+        return False
+    removed = [index for (index, _), out in zip(front, pushed_out, strict=True) if out]
+    if removed:
+        session.execute(
+            update(CandidateRow)
+            .where(CandidateRow.job_id == job.id, CandidateRow.index.in_(removed))
+            .values(on_front=False)
+            .execution_options(synchronize_session=False)
+        )
+    job.front += 1 - len(removed)
+    return True
+
+
+def _note_improvement(session: Session, job: JobRow, index: int, values: list[float]) -> None:
+    """Keep the best value of each objective, and where one improved: the progression curve."""
+    best = [
+        value if old is None or value * sign < old * sign else old
+        for value, old, sign in zip(values, job.best, signs(job).tolist(), strict=True)
+    ]
+    if best != job.best:
+        job.best = list(best)
+        session.add(ImprovementRow(job_id=job.id, completed=job.completed, index=index, best=best))
+
+
+def _insert_items(session: Session, job: JobRow, evaluation: Evaluation) -> None:
+    rows = [
+        {
+            "job_id": job.id,
+            "index": evaluation.index,
+            "objective": _names(job).index(name),
+            "values": scores.values,
+            "weights": scores.weights,
+        }
+        for name, scores in evaluation.items.items()
+    ]
+    if rows:
+        session.execute(insert(ItemScoresRow), rows)
+
+
+def _share(session: Session, job: JobRow, original: CandidateRow) -> None:
+    """Give the outcome to the duplicates that waited for it, and make all of them sortable by value."""
+    duplicates = session.scalars(
+        update(CandidateRow)
+        .where(CandidateRow.job_id == job.id, CandidateRow.duplicate_of == original.index)
+        .values(shared(original))
+        .returning(CandidateRow.index)
+        .execution_options(synchronize_session=False)
+    ).all()
+    if original.values is not None:
+        insert_values(session, job, dict.fromkeys((original.index, *duplicates), original.values))
+
+
+def _evaluated(job: JobRow, candidate: CandidateRow) -> events.Event:
+    data = {
+        "index": candidate.index,
+        "state": candidate.state,
+        "values": candidate.values,
+        "on_front": candidate.on_front,
+        "progress": rendering.progress(job).model_dump(mode="json"),
+    }
+    return "candidate.evaluated", data

@@ -1,0 +1,248 @@
+"""The controller's side: leases, the log of candidates, and their outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import Select, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from api.store import events, lifecycle, outcomes, replay
+from api.store.columns import utc_now
+from api.store.engine import Database, expiry
+from api.store.models import CandidateRow, EnqueuedRow, JobRow, RecipeRow
+from api.views import ObjectiveView
+from optimizer.errors import Conflict, LeaseLost
+from optimizer.ports import Candidate, Enqueued, Evaluation, Failure, JobLog, JobState, Lease, Request
+from optimizer.problem import Problem
+from optimizer.space import make_space
+from optimizer.spec import CandidateInput, JobSpec
+
+
+class Runs(Database):
+    """What controllers do, see `optimizer.ports.RunStore`."""
+
+    def claim(self, owner: str, ttl_s: float, job_id: str | None = None) -> Lease | None:
+        """Take the oldest job that wants to run and that nobody holds (or whose lease expired); None if there is none.
+
+        Args:
+            owner: who asks, for humans.
+            ttl_s: seconds until the lease expires unless renewed.
+            job_id: take this job or none.
+        """
+        with self.write("claim") as session:
+            now = self.now(session)
+            query = _free_jobs().where(or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at <= now))
+            if job_id is not None:
+                query = query.where(JobRow.id == job_id)
+            # Whoever asks for any job passes over those that others are just taking; who asks for one waits for it.
+            job = session.scalar(query.with_for_update(key_share=True, skip_locked=job_id is None))
+            if job is None:
+                return None
+            job.lease_owner = owner
+            job.lease_token += 1
+            job.lease_expires_at = expiry(now, ttl_s)
+            if job.state == "running":
+                events.append(session, job.id, ("job.note", {"message": f"{owner} goes on with the job"}))
+            return Lease(job.id, owner, job.lease_token)
+
+    def renew(self, lease: Lease, ttl_s: float, elapsed_s: float) -> Request:
+        """Extend the lease, record the running time so far, and return what the user wants now. Raises `LeaseLost`."""
+        with self._leased(lease, "renew") as (session, job):
+            job.lease_expires_at = expiry(self.now(session), ttl_s)
+            job.elapsed_s = elapsed_s
+            return job.requested
+
+    def load(self, lease: Lease) -> JobLog:
+        """Return the job's log, without per-item scores. Raises `LeaseLost`."""
+        with self.read() as session:
+            job = session.get(JobRow, lease.job_id)
+            return replay.read_log(session, _check_lease(job, lease))
+
+    def start(self, lease: Lease, problem: Problem) -> None:
+        """Record the job's inputs as found (the first time) and that it is running.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            InvalidInput: the spec makes no search space of the problem.
+        """
+        with self._leased(lease, "start") as (session, job):
+            if job.problem is None:
+                spec = JobSpec.model_validate(job.spec)
+                make_space(spec, problem)  # every later view of the job relies on it
+                job.problem = problem.model_dump(mode="json")
+                job.objectives = _resolved(spec, problem)
+            lifecycle.change_state(session, job, "running", None, utc_now())
+
+    def enqueued(self, lease: Lease) -> list[Enqueued]:
+        """Return what users have enqueued and nobody has taken up, oldest first. Raises `LeaseLost`."""
+        with self.read() as session:
+            _check_lease(session.get(JobRow, lease.job_id), lease)
+            rows = session.scalars(
+                select(EnqueuedRow)
+                .where(EnqueuedRow.job_id == lease.job_id, EnqueuedRow.state == "waiting")
+                .order_by(EnqueuedRow.number)
+            )
+            return [Enqueued(row.number, CandidateInput.model_validate(row.candidate)) for row in rows]
+
+    def add_candidates(self, lease: Lease, candidates: Sequence[Candidate], taken: Sequence[int] = ()) -> None:
+        """Commit candidates in one transaction, and mark the enqueued ids in ``taken`` as taken up.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            Conflict: the indices do not go on where the job's end, a duplicate does not repeat an earlier original, or
+                an enqueued candidate does not wait.
+        """
+        with self._leased(lease, "add_candidates") as (session, job):
+            expected = range(job.proposed, job.proposed + len(candidates))
+            if [candidate.index for candidate in candidates] != list(expected):
+                raise Conflict(f"the job's next candidates are {expected.start} to {expected.stop - 1}")
+            _take(session, job, taken)
+            _insert(session, job, candidates)
+            job.proposed += len(candidates)
+            job.duplicates += sum(candidate.duplicate_of is not None for candidate in candidates)
+            events.append(session, job.id, *_proposed(candidates))
+
+    def reject_enqueued(self, lease: Lease, enqueued_id: int, failure: Failure) -> None:
+        """Mark an enqueued candidate as unusable, with the reason.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            Conflict: the candidate does not wait.
+        """
+        with self._leased(lease, "reject_enqueued") as (session, job):
+            row = session.get(EnqueuedRow, (job.id, enqueued_id))
+            if row is None or row.state != "waiting":
+                raise Conflict(f"the enqueued candidate {enqueued_id} does not wait")
+            row.state = "rejected"
+            row.failure = {"code": failure.code, "message": failure.message}
+            events.append(session, job.id, ("candidate.rejected", {"queued": enqueued_id, **row.failure}))
+
+    def add_evaluation(self, lease: Lease, evaluation: Evaluation) -> bool:
+        """Commit an outcome, update the front and the counters; False if the candidate has an outcome already.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            NotFound: no such candidate.
+            Conflict: the candidate is a duplicate, or the job was never started.
+            InvalidInput: values that are missing, too many, or not finite; scores of an unknown objective.
+        """
+        with self._leased(lease, "add_evaluation") as (session, job):
+            return outcomes.record(session, job, evaluation)
+
+    def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
+        """Record a new state; a paused or final one also gives up the lease. Raises `LeaseLost`."""
+        with self._leased(lease, "set_state") as (session, job):
+            lifecycle.change_state(session, job, state, reason, utc_now())
+
+    def release(self, lease: Lease) -> None:
+        """Give up the lease and leave the state as it is, so that any controller may go on at once. Raises `LeaseLost`."""
+        with self._leased(lease, "release") as (_, job):
+            lifecycle.drop_lease(job)
+
+    @contextmanager
+    def _leased(self, lease: Lease, operation: str) -> Iterator[tuple[Session, JobRow]]:
+        """A writing transaction in which the job is locked and the lease is known to be good."""
+        with self.write(operation) as session:
+            yield session, _check_lease(lifecycle.lock_job(session, lease.job_id), lease)
+
+
+def _check_lease(job: JobRow | None, lease: Lease) -> JobRow:
+    # An expired lease that nobody has taken since is still good: only a second writer is a danger.
+    if job is None or job.lease_owner is None or job.lease_token != lease.token:
+        raise LeaseLost(f"{lease.owner} no longer holds job {lease.job_id}")
+    return job
+
+
+def _free_jobs() -> Select[JobRow]:
+    return (
+        select(JobRow)
+        .where(JobRow.requested == "run", JobRow.state.in_(("queued", "paused", "running")))
+        .order_by(JobRow.created_at, JobRow.id)
+        .limit(1)
+    )
+
+
+def _resolved(spec: JobSpec, problem: Problem) -> list[dict[str, object]]:
+    evaluators = {objective.name: objective.evaluator for objective in spec.objectives}
+    views = [
+        ObjectiveView(
+            name=o.name, evaluator=evaluators[o.name], metric=o.metric, direction=o.direction, weight=o.weight
+        )
+        for o in problem.objectives
+    ]
+    return [view.model_dump(mode="json") for view in views]
+
+
+def _take(session: Session, job: JobRow, numbers: Sequence[int]) -> None:
+    if not numbers:
+        return
+    taken = session.scalars(
+        update(EnqueuedRow)
+        .where(EnqueuedRow.job_id == job.id, EnqueuedRow.number.in_(numbers), EnqueuedRow.state == "waiting")
+        .values(state="taken")
+        .returning(EnqueuedRow.number)
+        .execution_options(synchronize_session=False)
+    ).all()
+    if set(taken) != set(numbers):
+        raise Conflict(f"these enqueued candidates do not wait: {sorted(set(numbers) - set(taken))}")
+
+
+def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        return
+    originals = _originals(session, job, candidates)
+    now = utc_now()
+    rows: list[dict[str, Any]] = []
+    for candidate in candidates:
+        row: dict[str, Any] = {
+            "job_id": job.id,
+            "index": candidate.index,
+            "generation": candidate.generation,
+            "told": candidate.told,
+            "origin": candidate.origin,
+            "label": candidate.label,
+            "fingerprint": candidate.fingerprint,
+            "parents": list(candidate.parents),
+            "duplicate_of": candidate.duplicate_of,
+            "created_at": now,
+        }
+        # All rows of one statement have the same columns, so all name those of the outcome.
+        rows.append(row | outcomes.shared(originals.get(candidate.duplicate_of)))
+    session.execute(insert(CandidateRow), rows)
+    session.execute(
+        insert(RecipeRow),
+        [{"job_id": job.id, "index": c.index, "genome": c.genome, "recipe": dict(c.recipe)} for c in candidates],
+    )
+    outcomes.insert_values(session, job, {row["index"]: row["values"] for row in rows if row["values"] is not None})
+
+
+def _originals(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> dict[int | None, CandidateRow]:
+    """Return the originals among the recorded candidates by index, having checked that each duplicate has one."""
+    wanted = {c.duplicate_of for c in candidates if c.duplicate_of is not None and c.duplicate_of < job.proposed}
+    rows = (
+        session.scalars(select(CandidateRow).where(CandidateRow.job_id == job.id, CandidateRow.index.in_(wanted)))
+        if wanted
+        else ()
+    )
+    found: dict[int | None, CandidateRow] = {row.index: row for row in rows}
+    fingerprints = {row.index: row.fingerprint for row in found.values() if row.duplicate_of is None}
+    for candidate in candidates:
+        if candidate.duplicate_of is None:
+            fingerprints[candidate.index] = candidate.fingerprint
+        elif fingerprints.get(candidate.duplicate_of) != candidate.fingerprint:
+            raise Conflict(f"candidate {candidate.index} repeats no original {candidate.duplicate_of}")
+    return found
+
+
+def _proposed(candidates: Sequence[Candidate]) -> list[events.Event]:
+    """One event for each run of candidates of the same generation and origin."""
+    out: list[events.Event] = []
+    for (generation, origin), group in groupby(candidates, key=lambda c: (c.generation, c.origin)):
+        run = list(group)
+        data = {"first": run[0].index, "count": len(run), "generation": generation, "origin": origin}
+        out.append(("candidates.proposed", data))
+    return out

@@ -1,0 +1,117 @@
+// The selected candidate: scores, origin, coefficients, items, recipe.
+
+import { button, card, h, replace } from "../core/dom.js";
+import { dateTime, duration, objectiveTitle, score } from "../core/format.js";
+import { copyText } from "../core/notify.js";
+import { tables } from "./coefficients.js";
+import { heatmap } from "./heatmap.js";
+import { itemScores } from "./items.js";
+
+const ORIGINS = { algorithm: "proposed by the algorithm", warm_start: "warm start", user: "enqueued by a user" };
+const MOST_TABLES = 6;
+
+export function candidatePanel(model, page, onExport) {
+  const body = h("div", { class: "candidate" });
+  const exporting = button("Export…", () => onExport(model.selected), { icon: "export", kind: "small", hidden: true });
+  const reuse = h("span");
+  const node = card("Candidate", [reuse, exporting], body);
+  node.classList.add("candidate-card");
+  let wanted = 0;
+
+  async function show() {
+    const turn = ++wanted;
+    if (model.selected === null) {
+      exporting.hidden = true;
+      replace(body, h("p", { class: "muted" }, "Choose a candidate on a plot or in the table to see how it is merged."));
+      return;
+    }
+    try {
+      const candidate = await model.candidate(model.selected);
+      if (turn !== wanted || page.signal.aborted) return;
+      exporting.hidden = candidate.state !== "completed";
+      replace(body, detail(model, candidate));
+    } catch (error) {
+      if (turn !== wanted || page.signal.aborted) return;
+      exporting.hidden = true;
+      replace(body, h("p", { class: "notice", "data-tone": "bad" }, error.message));
+    }
+  }
+
+  model.topics.on(["selected"], show);
+  document.addEventListener("themechange", show, { signal: page.signal });
+  void show();
+  return node;
+}
+
+function detail(model, candidate) {
+  return [
+    heading(candidate),
+    candidate.failure && h("div", { class: "notice", "data-tone": "bad" }, h("strong", null, candidate.failure.code), h("span", null, candidate.failure.message)),
+    candidate.values && values(model, candidate),
+    facts(model, candidate),
+    coefficients(model, candidate),
+    items(model, candidate),
+    recipe(candidate),
+  ];
+}
+
+function heading(candidate) {
+  return h(
+    "div",
+    { class: "candidate-head" },
+    h("h3", null, `#${candidate.index}${candidate.label ? ` · ${candidate.label}` : ""}`),
+    candidate.on_front && h("span", { class: "badge", "data-tone": "accent" }, "on the front"),
+    candidate.state !== "completed" && h("span", { class: "badge", "data-tone": candidate.state === "failed" ? "bad" : "neutral" }, candidate.state),
+    candidate.violation > 0 && h("span", { class: "badge", "data-tone": "warn" }, `violates constraints by ${score(candidate.violation)}`),
+  );
+}
+
+function values(model, candidate) {
+  return h("dl", { class: "values" }, model.objectives.map((objective, i) => h(
+    "div",
+    { title: objectiveTitle(objective) },
+    h("dt", null, objective.name, objective.direction && h("span", { class: "muted" }, objective.direction === "minimise" ? " ↓" : " ↑")),
+    h("dd", null, score(candidate.values[i])),
+  )));
+}
+
+function facts(model, candidate) {
+  const seconds = Object.entries(candidate.seconds).map(([part, value]) => `${part} ${duration(value)}`).join(", ");
+  const links = (indices) => indices.map((index, i) => [i ? ", " : "", h("button", { type: "button", class: "link", onclick: () => model.select(index) }, `#${index}`)]);
+  const rows = [
+    ["Origin", ORIGINS[candidate.origin] + (candidate.generation >= 0 ? `, generation ${candidate.generation}` : "")],
+    candidate.duplicate_of !== null && ["Same as", links([candidate.duplicate_of])],
+    candidate.parents.length > 0 && ["Parents", links(candidate.parents)],
+    seconds && ["Took", seconds],
+    candidate.worker && ["Worker", candidate.worker],
+    ["Proposed", dateTime(candidate.created_at)],
+    ["Fingerprint", h("code", { title: candidate.fingerprint }, candidate.fingerprint.slice(0, 16))],
+  ];
+  return h("dl", { class: "facts" }, rows.filter(Boolean).map(([name, value]) => [h("dt", null, name), h("dd", null, value)]));
+}
+
+function coefficients(model, candidate) {
+  const found = tables(model.job, candidate.recipe);
+  if (!found.length) return h("p", { class: "muted" }, `This candidate is the model “${candidate.recipe.root?.model}” as it is.`);
+  const options = Object.entries(candidate.recipe.root.options ?? {}).map(([name, value]) => `${name} = ${value}`);
+  return h("section", null,
+    found.slice(0, MOST_TABLES).map((table) => [h("h4", null, found.length > 1 ? `Coefficients of ${table.operator}` : "Coefficients"), heatmap(table)]),
+    found.length > MOST_TABLES && h("p", { class: "small muted" }, `${found.length - MOST_TABLES} more tables are in the recipe.`),
+    options.length > 0 && h("p", { class: "small" }, h("span", { class: "muted" }, "Options: "), options.join(", ")));
+}
+
+function items(model, candidate) {
+  const strips = model.objectives.map((objective) => itemScores(objective, candidate.items[objective.name] ?? [])).filter(Boolean);
+  return strips.length > 0 && h("section", null, h("h4", null, "Scores of the items"), strips);
+}
+
+function recipe(candidate) {
+  const text = JSON.stringify(candidate.recipe, null, 2);
+  const pre = h("pre", { class: "code", tabindex: "0", "aria-label": "Recipe as JSON" });
+  const fold = h("details", { class: "fold" }, h("summary", null, "Recipe"),
+    h("div", { class: "fold-tools" }, button("Copy", () => copyText(text), { icon: "copy", kind: "small" })), pre);
+  fold.addEventListener("toggle", () => {
+    pre.textContent = text;
+  });
+  return fold;
+}

@@ -1,0 +1,156 @@
+"""One case for each evaluator: a tiny real checkpoint, good rows, and rows that must be refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from optimizer.spec import DataSpec
+from tests.workers.models import tiny_bert, tiny_llama, tiny_vit
+from workers.data import Rows, load_rows
+from workers.evaluators.base import EVALUATORS, Evaluator
+
+FIELD = "objectives.0"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the conformance suite needs to know of an evaluator.
+
+    Attributes:
+        checkpoint: writes a checkpoint into a directory.
+        rows: good rows of different lengths, at least five.
+        bad: for each role, values that must be refused.
+        options: of the evaluator.
+        images: whether the rows' images are saved as an image folder would hold them.
+    """
+
+    checkpoint: Callable[[Path], Path]
+    rows: Sequence[Row]
+    bad: Mapping[str, Sequence[Any]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Return a text of so many words that the tiny tokenizers know."""
+    return " ".join(f"w{number}" for number in np.random.default_rng(seed).integers(0, 57, count))
+
+
+def png(seed: int, size: tuple[int, int] = (11, 9), mode: str = "RGB") -> bytes:
+    """Return an image of noise as the bytes of a PNG file."""
+    import io
+
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+CASES: dict[str, Case] = {
+    "text_classification": Case(
+        checkpoint=tiny_bert,
+        rows=[{"text": words(1 + 5 * n % 13, n), "label": n % 3} for n in range(11)],
+        bad={"text": [7, ["a"], "\ud800"], "label": [3, -1, "nonsense", 1.0, True, "99999999999999999999"]},
+    ),
+    "image_classification": Case(
+        checkpoint=tiny_vit,
+        rows=[{"image": {"bytes": png(n), "path": None}, "label": n % 3} for n in range(7)],
+        bad={
+            "image": [b"no image", png(0)[:60], {"bytes": None, "path": "elsewhere.png"}, "elsewhere.png"],
+            "label": [3, -1, "nonsense"],
+        },
+    ),
+    "causal_lm": Case(
+        checkpoint=tiny_llama,
+        rows=[{"text": words(count, count)} for count in (3, 40, 1, 17, 90, 8, 25)],
+        bad={"text": ["", "  ", 7, "\ud800"]},
+        options={"max_length": 32},
+    ),
+    "multiple_choice": Case(
+        checkpoint=tiny_llama,
+        rows=[
+            {"question": words(3 * n, n), "choices": [words(1 + c, c) for c in range(2 + n % 3)], "answer": n % 2}
+            for n in range(8)
+        ],
+        bad={
+            "question": [3],
+            "choices": [["w1"], "w1, w2", "[1, 2]", [], ["w1", ""], ["w1", words(65)], {"text": ["w1", "w2"]}],
+            "answer": [5, -1, "Z", "", True, 1.0],
+        },
+    ),
+}
+
+
+def as_rows(items: Sequence[Row], columns: Mapping[str, str] | None = None) -> Rows:
+    """Return rows as if they had been loaded from a file."""
+    places = [f"line {number}" for number in range(1, len(items) + 1)]
+    return Rows(list(items), places, columns or {}, f"{FIELD}.data", "0" * 64)
+
+
+def build(name: str, checkpoint: Path, rows: Rows | Sequence[Row], **options: Any) -> Evaluator:
+    """Return an evaluator over rows, with options given by name."""
+    cls = EVALUATORS[name]
+    rows = rows if isinstance(rows, Rows) else as_rows(rows)
+    return cls(cls.Options(**options), rows, checkpoint, FIELD)
+
+
+def open_model(name: str, checkpoint: Path) -> PreTrainedModel:
+    """Open a checkpoint with the class that an evaluator names."""
+    model: PreTrainedModel = getattr(transformers, EVALUATORS[name].auto_class).from_pretrained(checkpoint)
+    return model
+
+
+def load_jsonl(path: Path, items: Sequence[Row], **spec: Any) -> Rows:
+    """Write rows as a JSONL file and load them."""
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return load_rows(DataSpec(path="-", **spec), path, f"{FIELD}.data")
+
+
+def bpe_llama(path: Path, **special: str) -> Path:
+    """Save a tiny Llama with a byte-level BPE tokenizer, whose tokens hold leading spaces as GPT-2's do.
+
+    Args:
+        path: the directory.
+        special: special tokens by role; by default BOS and EOS.
+    """
+    special = special or {"bos_token": "<s>", "eos_token": "</s>"}
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    core.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the cat sat on the mat and the hat", "yes no maybe: the answer is yes"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **special)
+    tokenizer.save_pretrained(path)
+    transformers.set_seed(0)
+    config = LlamaConfig(
+        vocab_size=core.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path

@@ -1,0 +1,251 @@
+"""What an evaluator is: it reads its items once, and scores any number of models on them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimizer.errors import InvalidData, InvalidInput, RetryableError, from_validation
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.problem import EvaluatorInfo
+from optimizer.registry import Registry
+from optimizer.spec import Direction, Objective, Strict
+from workers.data import Rows
+from workers.evaluators.loading import load_config
+
+
+class Cancelled(RetryableError):
+    """An evaluation was called off between two batches; it has no scores."""
+
+    code = "cancelled"
+
+
+def never() -> bool:
+    return False
+
+
+class Evaluator(ABC):
+    """A measure of a model on the rows of an objective.
+
+    The contract (tests/workers/evaluators/test_conformance.py runs it over every evaluator):
+
+    - The constructor does all that does not depend on the weights: it checks every row against the model's config,
+      and tokenises or decodes it. Bad rows raise `InvalidData` that names the column's field and the row.
+    - `evaluate` returns every metric, item by item, from one pass over the items, in the rows' order. The same model
+      gives the same scores bit for bit; the batch size and the order of the rows change no more than rounding.
+    - The model may be on any device, in float32 or bfloat16; it is left as it was. Losses are computed in float32.
+    - Scores that are NaN or infinite are returned as they are: the aggregation decides what they mean.
+
+    Attributes:
+        metrics: metric to its direction; the first is the default.
+        columns: role of each data column to its description.
+        auto_class: name of the class of `transformers` that opens the models it scores.
+        uses_head: whether it needs a head that belongs to one expert.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    metrics: ClassVar[dict[str, Direction]]
+    columns: ClassVar[dict[str, str]]
+    auto_class: ClassVar[str]
+    uses_head: ClassVar[bool]
+
+    class Options(Strict):
+        """Options of the evaluator; subclasses add fields with bounds and descriptions."""
+
+        batch_size: int = Field(
+            default=32, ge=1, le=4096, description="Most sequences or images in one forward pass.", examples=[32]
+        )
+
+    def __init__(self, options: Any, rows: Rows, model_dir: Path, field: str) -> None:
+        """Prepare the rows.
+
+        Args:
+            options: an instance of the class's ``Options``.
+            rows: the items, at least one.
+            model_dir: checkpoint directory with the config and the tokenizer or image processor: the head expert's,
+                else the base's.
+            field: dotted path of the objective in the job: ``objectives.0``.
+
+        Raises:
+            InvalidData: a row does not fit; names the column's field and the row.
+            InvalidInput: the data maps a role that the evaluator does not have, or an option does not fit the model.
+            InvalidCheckpoint: the config, tokenizer or image processor is missing or unusable.
+        """
+        for role in rows.columns:
+            if role not in self.columns:
+                raise InvalidData(
+                    f"{self.name} has no column role {role!r}",
+                    field=f"{rows.field}.columns.{role}",
+                    remedy=f"its roles are: {', '.join(self.columns)}",
+                )
+        self.config = load_config(model_dir, field)
+        self.options = options
+        self._items = len(rows)
+
+    def __len__(self) -> int:
+        return self._items
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+        """Score a model.
+
+        Args:
+            model: of the class that ``auto_class`` names, with the config of ``model_dir``.
+            cancelled: asked before every batch; True raises `Cancelled`.
+
+        Returns:
+            For each metric its scores, shape (items,).
+        """
+
+    @classmethod
+    def info(cls) -> EvaluatorInfo:
+        """Return what the API tells of this evaluator."""
+        return EvaluatorInfo(
+            name=cls.name,
+            summary=cls.summary,
+            metrics=cls.metrics,
+            columns=cls.columns,
+            options_schema=cls.Options.model_json_schema(),
+        )
+
+
+EVALUATORS: Registry[type[Evaluator]] = Registry("evaluator", "workers.evaluators")
+
+E = TypeVar("E", bound=type[Evaluator])
+
+
+def evaluator(name: str) -> Callable[[E], E]:
+    """Register an evaluator under ``name``: ``@evaluator("causal_lm")``."""
+
+    def decorate(cls: E) -> E:
+        cls.name = name
+        EVALUATORS.register(name)(cls)
+        return cls
+
+    return decorate
+
+
+def parse_evaluator(objective: Objective, index: int) -> tuple[type[Evaluator], Evaluator.Options]:
+    """Find the evaluator of the job's objective number ``index`` and validate its options.
+
+    Raises:
+        InvalidInput: names ``objectives.N.evaluator`` or the option.
+    """
+    cls = EVALUATORS.find(objective.evaluator, f"objectives.{index}.evaluator")
+    try:
+        return cls, cls.Options.model_validate(objective.options)
+    except ValidationError as error:
+        raise from_validation(error, f"objectives.{index}.options") from error
+
+
+def resolve_metric(objective: Objective, cls: type[Evaluator], index: int) -> tuple[str, Direction]:
+    """Return the objective's metric and direction with the evaluator's defaults filled in.
+
+    Raises:
+        InvalidInput: the evaluator has no such metric; names ``objectives.N.metric`` and lists those it has.
+    """
+    metric = objective.metric if objective.metric is not None else next(iter(cls.metrics))
+    if metric not in cls.metrics:
+        raise InvalidInput(
+            f"{cls.name} has no metric {metric!r}",
+            field=f"objectives.{index}.metric",
+            remedy=f"use one of: {', '.join(cls.metrics)}",
+        )
+    return metric, objective.direction or cls.metrics[metric]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at once.
+
+    Attributes:
+        items: shape (batch,): positions in the original order.
+        inputs: keyword arguments of the model's forward, padded to the batch's longest.
+        targets: what the outputs are compared with; first dimension is the batch.
+    """
+
+    items: NDArray[np.int64]
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+
+def by_length(lengths: Sequence[int], batch_size: int, max_padded: int | None = None) -> list[NDArray[np.int64]]:
+    """Group positions into batches of similar length, the longest first.
+
+    Args:
+        lengths: one a sequence, in tokens.
+        batch_size: most sequences in a batch.
+        max_padded: most tokens in a batch, padding counted; a single longer sequence is still a batch.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches = []
+    while len(order):
+        longest = max(1, lengths[order[0]])
+        size = batch_size if max_padded is None else min(batch_size, max(1, max_padded // longest))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Return sequences as rows padded on the right, shape (sequences, longest), int64."""
+    tensors = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def run(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    score: Callable[[PreTrainedModel, Batch], Tensor],
+    cancelled: Callable[[], bool],
+) -> NDArray[np.float64]:
+    """Score all batches and put the results back into the original order.
+
+    Args:
+        model: stays as it is.
+        batches: which cover every position once.
+        score: returns the scores of one batch, shape (scores, batch), on any device.
+        cancelled: asked before every batch.
+
+    Returns:
+        Shape (scores, items).
+
+    Raises:
+        Cancelled: ``cancelled`` returned True.
+    """
+    parts = []
+    with _inference(model):
+        for batch in batches:
+            if cancelled():
+                raise Cancelled("the evaluation was called off")
+            parts.append(score(model, batch))
+        # One transfer at the end: a GPU need not wait for each batch's results.
+        flat = torch.cat(parts, dim=1).double().cpu().numpy()
+    out = np.empty_like(flat)
+    out[:, np.concatenate([batch.items for batch in batches])] = flat
+    return out
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # type: ignore[no-untyped-call]
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,104 @@
+"""Log-likelihoods of token sequences under a causal language model: what its evaluators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optimizer.errors import InvalidCheckpoint
+from workers.evaluators.base import Batch, by_length, pad, run
+from workers.evaluators.loading import check_vocabulary
+
+# Logits take most of the memory: tokens × vocabulary, in float32 and once more for the softmax.
+_MAX_LOGITS = 2**27
+_UNSCORED = -100
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sequence of tokens of which some are predicted.
+
+    Attributes:
+        ids: the tokens.
+        start: the first token that is predicted, at least 1; all before it are only context.
+    """
+
+    ids: list[int]
+    start: int
+
+
+class LikelihoodScorer:
+    """Prepared sequences, scored by any number of models.
+
+    Args:
+        sequences: each with at least one predicted token.
+        config: the model's.
+        model_dir: where the tokenizer is from, for errors.
+        field: dotted path of the objective.
+        batch_size: most sequences in a batch; fewer where they are long.
+
+    Raises:
+        InvalidCheckpoint: a token is not in the model's vocabulary.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Scored], config: PreTrainedConfig, model_dir: Path, field: str, batch_size: int
+    ) -> None:
+        check_vocabulary((sequence.ids for sequence in sequences), config, model_dir, field)
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1
+        groups = by_length([len(s.ids) - 1 for s in sequences], batch_size, _MAX_LOGITS // vocabulary)
+        self._batches = [_batch(items, [sequences[i] for i in items]) for items in groups]
+
+    def losses(self, model: PreTrainedModel, cancelled: Callable[[], bool]) -> NDArray[np.float64]:
+        """Return the negative log-likelihood (nats) of each sequence's predicted tokens, shape (sequences,)."""
+        out: NDArray[np.float64] = run(model, self._batches, _losses, cancelled)[0]
+        return out
+
+
+def _batch(items: NDArray[np.int64], sequences: list[Scored]) -> Batch:
+    ids = pad([s.ids[:-1] for s in sequences], 0)  # masked, and behind the tokens: any id serves
+    mask = pad([[1] * (len(s.ids) - 1) for s in sequences], 0)
+    targets = pad([[_UNSCORED] * (s.start - 1) + s.ids[s.start :] for s in sequences], _UNSCORED)
+    return Batch(items, {"input_ids": ids, "attention_mask": mask}, targets)
+
+
+def _losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    targets = batch.targets.to(model.device)
+    logits = model(**inputs, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_UNSCORED, reduction="none"
+    )
+    return losses.view(targets.shape).double().sum(dim=1)[None]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text, without special ones."""
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def prefix_token(tokenizer: PreTrainedTokenizerBase, field: str) -> int:
+    """Return the token that stands before a text: BOS, or EOS where the tokenizer has no BOS.
+
+    Raises:
+        InvalidCheckpoint: it has neither, so that nothing can predict the first token.
+    """
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise InvalidCheckpoint(
+            "the tokenizer has neither a BOS nor an EOS token to stand before the first token",
+            field=f"{field}.evaluator",
+            remedy="give the tokenizer a bos_token",
+        )
+    return int(token)

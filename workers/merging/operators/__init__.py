@@ -1,0 +1,1 @@
+"""The operators, one file each; `workers.merging.operator.OPERATORS` finds them."""
