@@ -49,7 +49,7 @@ def is_local(scope: Scope, settings: Settings) -> bool:
     headers = Headers(scope=scope)
     client = scope.get("client")
     return (
-        settings.require_token == "auto"
+        not settings.always_require_token
         and is_loopback(settings.host)
         and client is not None
         and is_loopback(client[0])
@@ -74,7 +74,7 @@ def authenticate(
 
 def check_bind(settings: Settings, store: JobStore) -> None:
     """Refuse to listen where a token is needed while none exists; raises `UserError`."""
-    if is_loopback(settings.host) and not settings.public_hosts and settings.require_token == "auto":
+    if is_loopback(settings.host) and not settings.public_hosts and not settings.always_require_token:
         return
     if not store.has_tokens():
         raise UserError(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
-from api.store.ports import CandidateSort
 from api.views import (
     AlgorithmView,
     CandidateState,
@@ -30,6 +29,9 @@ from api.views import (
 from optimizer.ports import JobState
 from optimizer.problem import EvaluatorInfo, OperatorInfo
 from optimizer.spec import CandidateInput, JobSpec
+
+if TYPE_CHECKING:  # the store's package loads SQLAlchemy, which a client has no need of
+    from api.store.ports import CandidateSort
 
 T = TypeVar("T")
 
@@ -184,9 +186,7 @@ def progression(job_id: str) -> Call[Progression]:
 
 def events(job_id: str | None = None, *, after: int = 0, limit: int | None = None) -> Call[list[EventView]]:
     """Return the events with an id above ``after`` that are there now, oldest first; of all jobs without a job."""
-    return Call(
-        "GET", events_path(job_id), list[EventView], params={"follow": False, "after": after, "limit": limit}
-    )
+    return Call("GET", events_path(job_id), list[EventView], params={"follow": False, "after": after, "limit": limit})
 
 
 def events_path(job_id: str | None) -> str:

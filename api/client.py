@@ -134,10 +134,6 @@ class _Routes:
             "timeout": _TIMEOUT,
         }
 
-    def _unreachable(self, error: httpx.TransportError) -> Unavailable:
-        what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "cannot be reached"
-        return Unavailable(f"{self.url} {what}", remedy="start the service with `mergeopt serve`, or give another --url")
-
 
 class Client(_Routes):
     """The sync client. Safe to share between threads; close it, or use it in ``with``.
@@ -171,7 +167,7 @@ class Client(_Routes):
         try:
             response = self._http.send(self._http.build_request(**call.request()))
         except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+            raise _unreachable(self.url, error) from error
         return _answer(call, response)
 
     def iterate(self, call: Call[Page[T]]) -> Iterator[T]:
@@ -190,24 +186,23 @@ class Client(_Routes):
             after: id of the last event that is known already.
         """
         feed = _Feed(job_id, after)
-        if job_id is not None and feed.is_all(self.get_job(job_id), self.events(job_id, after=after, limit=1)):
-            return
-        while not feed.is_over():
+        while True:
             try:
+                if job_id is not None and self.get_job(job_id).state in FINAL_STATES:
+                    break
                 with self._http.stream(**feed.request()) as response:
                     if not response.is_success:
                         response.read()
                     feed.connected(response)
                     for sse in EventSource(response).iter_sse():
                         yield from feed.take(sse)
-                        if feed.is_over():
-                            return
-                feed.dropped()
-            except httpx.TransportError as error:
-                feed.dropped(self._unreachable(error))
-            except Unavailable as error:
+                        if feed.has_ended():
+                            break
+            except (httpx.TransportError, Unavailable) as error:
                 feed.dropped(error)
-            time.sleep(_RETRY_S)
+                time.sleep(_RETRY_S)
+        while rest := self.events(job_id, after=feed.last):
+            yield from feed.known(rest)
 
     def wait(self, job_id: str) -> JobView:
         """Wait until a job has ended, and return it."""
@@ -220,9 +215,17 @@ class Client(_Routes):
 
     def wait_export(self, export_id: str) -> ExportView:
         """Wait until an export has ended, and return it."""
-        while (export := self.get_export(export_id)).state not in _END_OF_EXPORT:
-            time.sleep(_POLL_S)
+        *_, export = self.watch_export(export_id)
         return export
+
+    def watch_export(self, export_id: str) -> Iterator[ExportView]:
+        """Iterate over an export as it goes on; the last one has ended."""
+        while True:
+            export = self.get_export(export_id)
+            yield export
+            if export.state in _END_OF_EXPORT:
+                return
+            time.sleep(_POLL_S)
 
 
 class AsyncClient(_Routes):
@@ -249,7 +252,7 @@ class AsyncClient(_Routes):
         try:
             response = await self._http.send(self._http.build_request(**call.request()))
         except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+            raise _unreachable(self.url, error) from error
         return _answer(call, response)
 
     async def iterate(self, call: Call[Page[T]]) -> AsyncIterator[T]:
@@ -265,12 +268,10 @@ class AsyncClient(_Routes):
     async def watch(self, job_id: str | None = None, after: int = 0) -> AsyncIterator[EventView]:
         """Iterate over events as `Client.watch` does."""
         feed = _Feed(job_id, after)
-        if job_id is not None:
-            rest = await self.events(job_id, after=after, limit=1)
-            if feed.is_all(await self.get_job(job_id), rest):
-                return
-        while not feed.is_over():
+        while True:
             try:
+                if job_id is not None and (await self.get_job(job_id)).state in FINAL_STATES:
+                    break
                 async with self._http.stream(**feed.request()) as response:
                     if not response.is_success:
                         await response.aread()
@@ -278,14 +279,14 @@ class AsyncClient(_Routes):
                     async for sse in EventSource(response).aiter_sse():
                         for event in feed.take(sse):
                             yield event
-                        if feed.is_over():
-                            return
-                feed.dropped()
-            except httpx.TransportError as error:
-                feed.dropped(self._unreachable(error))
-            except Unavailable as error:
+                        if feed.has_ended():
+                            break
+            except (httpx.TransportError, Unavailable) as error:
                 feed.dropped(error)
-            await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(_RETRY_S)
+        while rest := await self.events(job_id, after=feed.last):
+            for event in feed.known(rest):
+                yield event
 
     async def wait(self, job_id: str) -> JobView:
         """Wait until a job has ended, and return it."""
@@ -298,20 +299,27 @@ class AsyncClient(_Routes):
 
     async def wait_export(self, export_id: str) -> ExportView:
         """Wait until an export has ended, and return it."""
-        while (export := await self.get_export(export_id)).state not in _END_OF_EXPORT:
+        return [export async for export in self.watch_export(export_id)][-1]
+
+    async def watch_export(self, export_id: str) -> AsyncIterator[ExportView]:
+        """Iterate over an export as it goes on; the last one has ended."""
+        while True:
+            export = await self.get_export(export_id)
+            yield export
+            if export.state in _END_OF_EXPORT:
+                return
             await asyncio.sleep(_POLL_S)
-        return export
 
 
 class _Feed:
-    """Where an event stream stands."""
+    """Where an event stream stands: what came last, and whether the connection is worth another try."""
 
     MAX_FAILURES = 120
 
     def __init__(self, job_id: str | None, after: int) -> None:
         self.job_id = job_id
         self.last = after
-        self._over = False
+        self._state: str | None = None
         self._failures: int | None = None  # in a row; None before the first connection
 
     def request(self) -> dict[str, Any]:
@@ -323,39 +331,37 @@ class _Feed:
             "timeout": _STREAM_TIMEOUT,
         }
 
-    def is_all(self, job: JobView, rest: list[EventView]) -> bool:
-        """Whether nothing will come any more: the job has ended, and all its events are known already."""
-        return job.state in FINAL_STATES and not rest
-
-    def is_over(self) -> bool:
-        """Whether the event with which the job ended has been taken."""
-        return self._over
-
     def connected(self, response: httpx.Response) -> None:
         """Note that a connection was made, or raise what the server answered."""
         _check(response)
         self._failures = 0
 
     def take(self, sse: ServerSentEvent) -> Iterator[EventView]:
-        """Yield the event that was received, unless it is a comment or was received before."""
-        if not sse.data:
-            return
-        event = EventView.model_validate_json(sse.data)
-        if event.id <= self.last:
-            return
-        self.last = event.id
-        self._over = (
-            self.job_id is not None and event.type == "job.state" and event.data.get("state") in FINAL_STATES
-        )
-        yield event
+        """Yield the event that was received, unless it is a comment."""
+        if sse.data:
+            yield from self.known([EventView.model_validate_json(sse.data)])
 
-    def dropped(self, error: MergeoptError | None = None) -> None:
+    def known(self, events: list[EventView]) -> Iterator[EventView]:
+        """Yield events, and note where the stream stands now."""
+        for event in events:
+            self.last = event.id
+            self._state = event.data.get("state") if event.type == "job.state" else self._state
+            yield event
+
+    def has_ended(self) -> bool:
+        """Whether the last event says that the job has ended. A failed job may have been resumed since: look at it."""
+        return self.job_id is not None and self._state in FINAL_STATES
+
+    def dropped(self, error: httpx.TransportError | Unavailable) -> None:
         """Count a connection that broke; raises if there never was one, or after too many failures in a row."""
-        if error is None:
-            return  # the server ended the stream in order, as it does when it restarts
         if self._failures is None or self._failures >= self.MAX_FAILURES:
-            raise error
+            raise error if isinstance(error, Unavailable) else _unreachable(str(error.request.url), error)
         self._failures += 1
+
+
+def _unreachable(url: str, error: httpx.TransportError) -> Unavailable:
+    what = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "cannot be reached"
+    return Unavailable(f"{url} {what}", remedy="start the service with `mergeopt serve`, or give another --url")
 
 
 def _answer(call: Call[T], response: httpx.Response) -> T:

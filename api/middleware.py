@@ -109,7 +109,9 @@ def _internal(scope: Scope) -> JSONResponse:
     number = uuid.uuid4().hex
     log.exception("%s %s failed (error %s)", scope["method"], scope["path"], number)
     body = ErrorBody(
-        code="internal", message="something went wrong in the service", remedy=f"its log has the details: error {number}"
+        code="internal",
+        message="something went wrong in the service",
+        remedy=f"its log has the details: error {number}",
     )
     return JSONResponse(ErrorView(error=body).model_dump(), 500)
 
@@ -169,7 +171,9 @@ class Gate:
             return
         site = urlsplit(origin).netloc.lower() if origin.count("://") == 1 else ""
         if not site or (site != headers.get("host", "").lower() and host_name(site) not in self.public):
-            raise Forbidden("requests from other sites are refused", field="Origin", remedy="use the service's own pages")
+            raise Forbidden(
+                "requests from other sites are refused", field="Origin", remedy="use the service's own pages"
+            )
 
 
 class BodyReader:

@@ -17,7 +17,7 @@ from api.auth import check_bind
 from api.exporter import Exporter
 from api.server import make_server
 from api.settings import Settings
-from api.store import SqlStore
+from api.store.sql import SqlStore
 from api.views import EventView, JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.errors import Conflict

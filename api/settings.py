@@ -78,6 +78,11 @@ class Settings(BaseSettings):
     url: str = Field(default="http://127.0.0.1:8756", description="Where commands and the client find the service.")
     token: SecretStr | None = Field(default=None, description="Access token that commands and the client send.")
 
+    @property
+    def always_require_token(self) -> bool:
+        """Whether even requests from this machine need a token."""
+        return self.require_token == "always"  # noqa: S105 - no secret
+
     @field_validator("roots", mode="before")
     @classmethod
     def _split_paths(cls, value: Any) -> Any:
@@ -124,9 +129,7 @@ def env_name(name: str) -> str:
 
 def settings_table() -> list[tuple[str, str, str]]:
     """Return (environment variable, default, help) of every setting, in order."""
-    return [
-        (env_name(name), _shown(info), info.description or "") for name, info in Settings.model_fields.items()
-    ]
+    return [(env_name(name), _shown(info), info.description or "") for name, info in Settings.model_fields.items()]
 
 
 def _shown(info: FieldInfo) -> str:

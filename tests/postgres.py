@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import psycopg
-import pytest
 
 _SUPERUSER = "mergeopt"
 _STARTS_WITHIN_S = 60
@@ -89,18 +90,21 @@ def run_postgres(programs: Path) -> Iterator[PostgresServer]:
 def _unprivileged() -> dict[str, Any]:
     if os.getuid() != 0:
         return {}
-    # A directory that root made may be closed to the other user, and initdb insists on its working directory.
-    return {"user": "nobody", "group": os.stat("/").st_gid if not _group_exists() else "nogroup", "cwd": "/"}
-
-
-def _group_exists() -> bool:
-    import grp
-
-    return any(group.gr_name == "nogroup" for group in grp.getgrall())
+    nobody = pwd.getpwnam("nobody")
+    # The working directory may be closed to the other user, and PostgreSQL insists on entering its own.
+    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": [], "cwd": "/"}
 
 
 def _initialise(programs: Path, home: Path, log: IO[bytes], who: dict[str, Any]) -> None:
-    command = [programs / "initdb", "--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C", "--username", _SUPERUSER]
+    command: list[str | Path] = [
+        programs / "initdb",
+        "--no-sync",
+        "--auth=trust",
+        "--encoding=UTF8",
+        "--locale=C",
+        "--username",
+        _SUPERUSER,
+    ]
     done = subprocess.run([*command, home / "data"], stdout=log, stderr=log, check=False, **who)
     if done.returncode:
         raise RuntimeError(f"initdb failed: {_tail(log)}")
@@ -109,13 +113,13 @@ def _initialise(programs: Path, home: Path, log: IO[bytes], who: dict[str, Any])
 @contextmanager
 def _serving(programs: Path, home: Path, log: IO[bytes], who: dict[str, Any]) -> Iterator[None]:
     settings = [part for setting in _FAST for part in ("-c", setting)]
-    command = [programs / "postgres", "-D", home / "data", "-k", home, *settings]
+    command: list[str | Path] = [programs / "postgres", "-D", home / "data", "-k", home, *settings]
     with subprocess.Popen(command, stdout=log, stderr=log, **who) as server:
         try:
             _wait(server, PostgresServer(home).url(), log)
             yield
         finally:
-            server.terminate()  # waits for nobody would be SIGINT, but tests close their connections
+            server.send_signal(signal.SIGINT)  # drops its clients; SIGTERM would wait for them
             try:
                 server.wait(10)
             except subprocess.TimeoutExpired:

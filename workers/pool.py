@@ -7,7 +7,9 @@ actor that dies takes with it only the evaluation it was at.
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -341,7 +343,7 @@ class _EvaluationActor:
             JobSpec.model_validate_json(spec),
             Problem.model_validate_json(problem),
             Roots([Path(root) for root in roots]),
-            name,
+            f"{name}@{socket.gethostname()}:{os.getpid()}",
         )
 
     def evaluate(self, task: Task) -> Result:

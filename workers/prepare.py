@@ -14,8 +14,8 @@ from optimizer.spec import JobSpec, Objective
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import load_rows
-from workers.evaluators.base import Evaluator, parse_evaluator, resolve_metric
-from workers.merging.operators import operator_info, parse_operator_options
+from workers.evaluators.base import EVALUATORS, Evaluator, parse_evaluator, resolve_metric
+from workers.merging.operator import operator_info, parse_operator_options
 from workers.roots import Roots
 
 
@@ -90,11 +90,13 @@ def _operator(spec: JobSpec) -> OperatorInfo:
 
 
 def _check_heads(spec: JobSpec, layout: Layout) -> None:
+    """Where experts have heads of their own, an objective that uses one must say whose."""
     if len(layout.shared) == len(layout.tensors):
         return
     names = ", ".join(expert.name for expert in spec.experts)
     for number, objective in enumerate(spec.objectives):
-        if objective.head is None:
+        uses_head = EVALUATORS.find(objective.evaluator, f"objectives.{number}.evaluator").uses_head
+        if uses_head and objective.head is None:
             raise InvalidInput(
                 "the experts have heads of their own, so this objective must name whose head it uses",
                 field=f"objectives.{number}.head",

@@ -20,6 +20,7 @@ import torch
 from optimizer.errors import InvalidCheckpoint
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+ALIGNMENT = 64  # bytes; what memory allocators and vector units like
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -63,9 +64,9 @@ class TensorEntry:
     end: int
 
 
-def item_size(dtype: str) -> int:
-    """Return the bytes of one element."""
-    return DTYPES[dtype].itemsize
+def size_in_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
 
 
 def read_header(path: Path, field: str | None = None) -> dict[str, TensorEntry]:
@@ -98,11 +99,11 @@ def layout_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: M
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * item_size(dtype)
+        end = position + size_in_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # the data start aligned, so that they can be mapped
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)  # the data start aligned, for whoever maps them
     return struct.pack("<Q", len(raw)) + raw
 
 
@@ -133,7 +134,7 @@ def _entry(path: Path, name: str, value: Any, field: str | None) -> TensorEntry:
         raise _broken(path, f"tensor {name!r} has the unknown type {dtype!r}", field)
     if not all(type(number) is int and number >= 0 for number in shape):
         raise _broken(path, f"tensor {name!r} has the impossible shape {shape}", field)
-    if not 0 <= begin <= end or end - begin != math.prod(shape) * item_size(dtype):
+    if not 0 <= begin <= end or end - begin != size_in_bytes(dtype, tuple(shape)):
         raise _broken(path, f"the offsets of tensor {name!r} do not fit its shape and type", field)
     return TensorEntry(dtype, tuple(shape), begin, end)
 

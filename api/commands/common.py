@@ -21,9 +21,11 @@ from optimizer.errors import InvalidInput, MergeoptError, UserError
 USER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130
 
 Url = Annotated[
-    str | None, typer.Option("--url", help="Where the service is. [env: MERGEOPT_URL]", show_default=False)
+    str | None, typer.Option("--url", help="Where the service is. Environment: MERGEOPT_URL.", show_default=False)
 ]
-Token = Annotated[str | None, typer.Option("--token", help="Access token. [env: MERGEOPT_TOKEN]", show_default=False)]
+Token = Annotated[
+    str | None, typer.Option("--token", help="Access token. Environment: MERGEOPT_TOKEN.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", show_default=False)]
 SpecFile = Annotated[

@@ -234,9 +234,9 @@ def _show_candidate(client: Client, job_id: str, index: int, json: bool) -> None
 def _wait_export(client: Client, view: ExportView) -> ExportView:
     with Progress(console=err(), transient=True) as progress:
         task = progress.add_task("exporting", total=1.0)
-        for event in client.watch_export(view):
-            progress.update(task, completed=event.progress)
-            view = event
+        for latest in client.watch_export(view.id):
+            progress.update(task, completed=latest.progress)
+            view = latest
     return view
 
 

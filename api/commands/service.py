@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.logging import RichHandler
@@ -13,15 +15,19 @@ from api.commands.common import SpecFile, err, out, read_document
 from api.commands.jobs import ended
 from api.commands.live import LiveJob
 from api.commands.tables import tokens_table
-from api.settings import DEFAULT_HOME, LogLevel, Settings, load_settings
+from api.settings import LogLevel, Settings, env_name, load_settings
+from optimizer.errors import Unavailable, UserError
 from optimizer.spec import parse_spec
+
+if TYPE_CHECKING:
+    from api.store.sql import SqlStore
 
 _DAY_S = 24 * 3600
 
 
 def _option(flag: str, field: str) -> Any:
     info = Settings.model_fields[field]
-    return typer.Option(flag, help=f"{info.description} [env: MERGEOPT_{field.upper()}]", show_default=False)
+    return typer.Option(flag, help=f"{info.description} Environment: {env_name(field)}.", show_default=False)
 
 
 Home = Annotated[Path | None, _option("--home", "home")]
@@ -71,7 +77,8 @@ def serve(
     _announce(settings)
     from api import service
 
-    service.serve(settings)
+    with _database_errors():
+        service.serve(settings)
 
 
 def api(
@@ -99,7 +106,8 @@ def api(
     _announce(settings)
     from api import service
 
-    service.serve_api(settings)
+    with _database_errors():
+        service.serve_api(settings)
 
 
 def controller(
@@ -126,7 +134,8 @@ def controller(
     _log_to_terminal(settings)
     from api import service
 
-    service.run_controller(settings)
+    with _database_errors():
+        service.run_controller(settings)
 
 
 def run(
@@ -139,22 +148,25 @@ def run(
 ) -> None:
     """Run one job in the foreground, without a service."""
     settings = load_settings(
-        home=home, database_url=database_url, roots=root or None, pool=pool, ray_address=ray_address, log_level="warning"
+        home=home,
+        database_url=database_url,
+        roots=root or None,
+        pool=pool,
+        ray_address=ray_address,
+        log_level="warning",
     )
     spec = parse_spec(read_document(file))
     _log_to_terminal(settings)
     from api import service
 
-    store = service.open_store(settings)
-    try:
-        with LiveJob(out(), store.get_job) as live:
-            job = service.run_job(settings, spec, live.push)
-    finally:
-        store.close()
+    with _open_store(settings) as store, LiveJob(out(), store.get_job) as live:
+        job = service.run_job(settings, spec, live.push)
     ended(job)
 
 
-def demo(home: Annotated[Path, typer.Option("--home", help="Directory for everything the demo keeps.")] = Path(".demo")) -> None:
+def demo(
+    home: Annotated[Path, typer.Option("--home", help="Directory for everything the demo keeps.")] = Path(".demo"),
+) -> None:
     """Search for a good merge of real models on this machine, from training them to exporting the winner."""
     from api import demo as demonstration
 
@@ -177,7 +189,7 @@ def create_token(
     database_url: Database = None,
 ) -> None:
     """Make an access token and print its secret, which is shown this once."""
-    with _Store(home, database_url) as store:
+    with _open_store(load_settings(home=home, database_url=database_url)) as store:
         _, secret = store.create_token(name, None if days is None else days * _DAY_S)
     typer.echo(secret)
     err().print("this secret is not kept: store it now; clients take it from MERGEOPT_TOKEN", style="dim")
@@ -185,7 +197,7 @@ def create_token(
 
 def list_tokens(home: Home = None, database_url: Database = None) -> None:
     """List access tokens, without their secrets."""
-    with _Store(home, database_url) as store:
+    with _open_store(load_settings(home=home, database_url=database_url)) as store:
         tokens = store.list_tokens()
     out().print(tokens_table(tokens) if tokens else "no tokens")
 
@@ -196,6 +208,84 @@ def revoke_token(
     database_url: Database = None,
 ) -> None:
     """Revoke an access token."""
-    with _Store(home, database_url) as store:
+    with _open_store(load_settings(home=home, database_url=database_url)) as store:
         store.delete_token(token_id)
     out().print(f"token {token_id} revoked")
+
+
+def upgrade_database(
+    revision: Annotated[str, typer.Argument(help="Where to.")] = "head",
+    home: Home = None,
+    database_url: Database = None,
+) -> None:
+    """Bring the database to the newest migration."""
+    settings = load_settings(home=home, database_url=database_url)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with _database_errors():
+        import migrations
+
+        migrations.upgrade(settings.database_url, revision)
+        out().print(f"the database is at {migrations.current(settings.database_url)}")
+
+
+def downgrade_database(
+    revision: Annotated[str, typer.Argument(help="Where to; `base` empties the database.", show_default=False)],
+    home: Home = None,
+    database_url: Database = None,
+) -> None:
+    """Take the database back to an older migration. What later ones keep is lost."""
+    settings = load_settings(home=home, database_url=database_url)
+    with _database_errors():
+        import migrations
+
+        migrations.downgrade(settings.database_url, revision)
+        out().print(f"the database is at {migrations.current(settings.database_url) or 'base'}")
+
+
+def current_revision(home: Home = None, database_url: Database = None) -> None:
+    """Print the migration that the database is at."""
+    settings = load_settings(home=home, database_url=database_url)
+    with _database_errors():
+        import migrations
+
+        typer.echo(migrations.current(settings.database_url) or "none")
+
+
+@contextmanager
+def _open_store(settings: Settings) -> Iterator[SqlStore]:
+    from api import service
+
+    with _database_errors():
+        store = service.open_store(settings)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    """Turn what the database driver and Alembic raise into our errors: one clear line instead of a traceback."""
+    from alembic.util import CommandError
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except CommandError as error:
+        raise UserError(str(error), remedy="see `mergeopt db current`") from error
+    except OperationalError as error:
+        reason = " ".join(str(error.orig).split())
+        raise Unavailable(f"the database cannot be used: {reason}", field="MERGEOPT_DATABASE_URL") from error
+
+
+def _log_to_terminal(settings: Settings) -> None:
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(message)s",
+        handlers=[RichHandler(console=err(), show_path=False, markup=False)],
+    )
+
+
+def _announce(settings: Settings) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    err().print(f"mergeopt is at http://{host}:{settings.port}/ui/", markup=False, soft_wrap=True)

@@ -70,9 +70,7 @@ def get_candidate(job_id: JobId, index: Index, store: Store) -> CandidateView:
     status_code=202,
     summary="Enqueue a candidate",
     response_description="Queued; the job evaluates it next.",
-    responses=answers(
-        NotFound, Conflict, InvalidInput, TooLarge, example=QueuedView(queued=3), status=202
-    ),
+    responses=answers(NotFound, Conflict, InvalidInput, TooLarge, example=QueuedView(queued=3), status=202),
 )
 def enqueue_candidate(job_id: JobId, candidate: CandidateBody, store: Store) -> QueuedView:
     """Have a candidate of your own evaluated, before or while the job runs.

@@ -57,7 +57,7 @@ def list_algorithms() -> list[AlgorithmView]:
 )
 def list_operators() -> list[OperatorInfo]:
     """Return the operators that `merge.operator` may name."""
-    from workers.merging.operators import OPERATORS
+    from workers.merging.operator import OPERATORS
 
     return [operator.info for operator in OPERATORS.values()]
 
@@ -81,7 +81,7 @@ def list_evaluators() -> list[EvaluatorInfo]:
     """Return the evaluators that an objective's `evaluator` may name."""
     from workers.evaluators.base import EVALUATORS
 
-    return [evaluator.info for evaluator in EVALUATORS.values()]
+    return [evaluator.info() for evaluator in EVALUATORS.values()]
 
 
 @router.get(

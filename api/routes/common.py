@@ -25,12 +25,8 @@ from optimizer.errors import (
 Store = Annotated[JobStore, Depends(get_store)]
 Deps = Annotated[Context, Depends(get_context)]
 
-JobId = Annotated[
-    str, Path(description="The job's id.", pattern=r"^[\w-]{1,64}$", examples=["7f3c9a52e1b04d68"])
-]
-ExportId = Annotated[
-    str, Path(description="The export's id.", pattern=r"^[\w-]{1,64}$", examples=["b81f6d0e2c9a4375"])
-]
+JobId = Annotated[str, Path(description="The job's id.", pattern=r"^[\w-]{1,64}$", examples=["7f3c9a52e1b04d68"])]
+ExportId = Annotated[str, Path(description="The export's id.", pattern=r"^[\w-]{1,64}$", examples=["b81f6d0e2c9a4375"])]
 Index = Annotated[int, Path(description="The candidate's number in the job.", ge=0, lt=2**31, examples=[17])]
 Cursor = Annotated[
     str | None,
@@ -68,7 +64,8 @@ def open_answers(
 ) -> dict[int | str, dict[str, Any]]:
     """Return the documented answers of a route that never needs a token."""
     out: dict[int | str, dict[str, Any]] = {
-        error.status: _documented((error.__doc__ or "").splitlines()[0], error_view(_EXAMPLES[error])) for error in errors
+        error.status: _documented((error.__doc__ or "").splitlines()[0], error_view(_EXAMPLES[error]))
+        for error in errors
     }
     out[500] = _documented("Something went wrong in the service; its log has the details.", _INTERNAL)
     if example is not None:

@@ -59,9 +59,7 @@ class CloneInput(Strict):
     },
     openapi_extra=_YAML,
 )
-def submit_job(
-    spec: SpecBody, context: Deps, response: Response, idempotency_key: IdempotencyKey = None
-) -> JobView:
+def submit_job(spec: SpecBody, context: Deps, response: Response, idempotency_key: IdempotencyKey = None) -> JobView:
     """Check the checkpoints and the data, and queue a search.
 
     Nothing is recorded unless everything fits together. With an `Idempotency-Key` the request may be repeated safely;

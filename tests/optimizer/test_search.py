@@ -15,7 +15,7 @@ from optimizer.search import Search
 from optimizer.spec import CandidateInput, JobSpec
 from tests.factories import make_problem, make_spec
 
-ALGORITHMS = ["random"]
+ALGORITHMS = ["random", "cma_es", "nsga2", "nevergrad"]
 
 
 def spec_of(algorithm: str, **changes: Any) -> JobSpec:

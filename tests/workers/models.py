@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +24,12 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+
+from optimizer.geometry import Layout
+from optimizer.recipe import Leaf, Merge, ModelId, Recipe, Selector
+from optimizer.spec import ModelRef, Scalar
+from workers.checkpoints import Checkpoint, open_checkpoint
+from workers.compatibility import inspect, raise_on_errors
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<s>", "</s>")
 WORDS = tuple(f"w{number}" for number in range(57))
@@ -39,7 +48,8 @@ def tiny_bert(
     layers: int = 2,
 ) -> Path:
     """Save a Bert sequence classifier with ``labels`` classes; ``shard_size`` like ``"20KB"`` makes several shards."""
-    config = _bert_config(layers, num_labels=labels)
+    config = _bert_config(layers)
+    config.num_labels = labels
     return _save(BertForSequenceClassification(config), path, seed, dtype, shard_size, spread)
 
 
@@ -74,9 +84,9 @@ def tiny_vit(
         image_size=8,
         patch_size=4,
         num_channels=3,
-        num_labels=labels,
     )
-    _save(ViTForImageClassification(config), path, seed, dtype, shard_size, spread, tokenizer=False)
+    config.num_labels = labels
+    _save(ViTForImageClassification(config), path, seed, dtype, shard_size, spread, text=False)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(path)
     return path
 
@@ -118,7 +128,7 @@ def tokenizer(*, bert: bool = True) -> PreTrainedTokenizerFast:
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])],
         )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         unk_token="[UNK]",
         pad_token="[PAD]",
@@ -131,7 +141,47 @@ def tokenizer(*, bert: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def _bert_config(layers: int, **changes: int) -> BertConfig:
+def open_models(
+    base: Path, experts: Mapping[str, Path], heads: Sequence[str] = ("classifier.*",)
+) -> tuple[dict[str, Checkpoint], Layout]:
+    """Open a base and experts that fit together; returns the checkpoints by name, and their layout."""
+    checkpoints = {"base": open_checkpoint(base, "base")}
+    checkpoints |= {name: open_checkpoint(path, name) for name, path in experts.items()}
+    layout, findings = inspect(checkpoints["base"], [checkpoints[name] for name in experts], heads)
+    raise_on_errors(findings)
+    return checkpoints, layout
+
+
+def make_recipe(
+    checkpoints: Mapping[str, Checkpoint],
+    operator: str,
+    coefficients: Sequence[float],
+    groups: Sequence[Selector] = (Selector(),),
+    **options: Scalar,
+) -> Recipe:
+    """Return a recipe over all experts with the same coefficients in every group."""
+    return Recipe(
+        models=model_ids(checkpoints),
+        root=Merge(
+            operator=operator,
+            options=options,
+            base=Leaf(model="base"),
+            inputs=[Leaf(model=name) for name in checkpoints if name != "base"],
+            groups=list(groups),
+            coefficients=[list(coefficients) for _ in groups],
+        ),
+    )
+
+
+def model_ids(checkpoints: Mapping[str, Checkpoint]) -> dict[str, ModelId]:
+    """Return the models of a recipe over these checkpoints."""
+    return {
+        name: ModelId(ref=ModelRef(path=str(checkpoint.path)), digest=checkpoint.digest)
+        for name, checkpoint in checkpoints.items()
+    }
+
+
+def _bert_config(layers: int) -> BertConfig:
     return BertConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=16,
@@ -139,7 +189,6 @@ def _bert_config(layers: int, **changes: int) -> BertConfig:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=64,
-        **changes,
     )
 
 
@@ -151,7 +200,7 @@ def _save(
     shard_size: str,
     spread: float,
     *,
-    tokenizer: bool = True,
+    text: bool = True,
     bert: bool = True,
 ) -> Path:
     generator = torch.Generator().manual_seed(seed)
@@ -159,10 +208,8 @@ def _save(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * spread
             parameter.copy_(noise + 1.0 if "norm.weight" in name.lower() else noise)
-    model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
-    if tokenizer:
-        _tokenizer(bert=bert).save_pretrained(path)
+    cast("nn.Module", model).to(dtype)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    if text:
+        tokenizer(bert=bert).save_pretrained(path)
     return path
-
-
-_tokenizer = tokenizer

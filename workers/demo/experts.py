@@ -124,7 +124,9 @@ def train(training: Training, task: Task, base: Path, out: Path, progress: Calla
 
 def _new_model(base: Path, task: Task) -> BertForSequenceClassification:
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(transformers.logging.ERROR)  # it would announce the new classifier, which is what we ask for
+    transformers.logging.set_verbosity(
+        transformers.logging.ERROR
+    )  # it would announce the new classifier, which is what we ask for
     try:
         return BertForSequenceClassification.from_pretrained(
             base,

@@ -52,6 +52,7 @@ class Evaluator(ABC):
         columns: role of each data column to its description.
         auto_class: name of the class of `transformers` that opens the models it scores.
         uses_head: whether it needs a head that belongs to one expert.
+        digest: SHA-256 over the rows, as hexadecimal digits.
     """
 
     name: ClassVar[str]
@@ -93,6 +94,7 @@ class Evaluator(ABC):
         self.config = load_config(model_dir, field)
         self.options = options
         self._items = len(rows)
+        self.digest = rows.digest
 
     def __len__(self) -> int:
         return self._items

@@ -94,9 +94,8 @@ class MergeEngine:
             InfeasibleCandidate: an operator is not defined for the coefficients; the targets are in no defined state.
         """
         root = self._compile(recipe)
-        with torch.inference_mode():
-            for tensor in self.layout.shared:
-                self._fill(root, tensor, targets[tensor.name])
+        for tensor in self.layout.shared:
+            self._fill(root, tensor, targets[tensor.name])
 
     def source(self, model: str, tensor: TensorInfo, device: torch.device) -> Tensor:
         """Return a checkpoint's shared parameter on ``device``; on the CPU it is mapped from disk. Not to be written to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,6 @@ class Case:
         rows: good rows of different lengths, at least five.
         bad: for each role, values that must be refused.
         options: of the evaluator.
-        images: whether the rows' images are saved as an image folder would hold them.
     """
 
     checkpoint: Callable[[Path], Path]
@@ -53,8 +53,6 @@ def words(count: int, seed: int = 0) -> str:
 
 def png(seed: int, size: tuple[int, int] = (11, 9), mode: str = "RGB") -> bytes:
     """Return an image of noise as the bytes of a PNG file."""
-    import io
-
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(out, "PNG")

@@ -102,6 +102,18 @@ def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
 
 
 @every_evaluator
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda(name: str, checkpoint: Checkpoint) -> None:
+    case = CASES[name]
+    model = open_model(name, checkpoint(name))
+    evaluator = build(name, checkpoint(name), case.rows, **case.options)
+    on_cpu = evaluator.evaluate(model)
+    on_gpu = evaluator.evaluate(model.to("cuda"))
+    same(on_gpu, evaluator.evaluate(model))
+    same({"loss": on_cpu["loss"]}, {"loss": on_gpu["loss"]}, rtol=1e-2, atol=1e-3)
+
+
+@every_evaluator
 def test_leaves_the_model_as_it_was(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
     model = open_model(name, checkpoint(name))

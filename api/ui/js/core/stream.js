@@ -139,30 +139,28 @@ function visible(signal) {
 }
 
 const PAGE = 500;
+const TAIL = 1000;
 
 /**
- * Return the newest events (up to a page of them), oldest first.
+ * Return the newest events (at least those among the last thousand ids), oldest first.
  *
- * The API reads events forwards only, and a long job has hundreds of thousands: so look for the end by doubling and
+ * The API reads events forwards only, and a long job has hundreds of thousands: so look for the end with doubling, then
  * halving steps instead of reading them all.
  */
 export async function newestEvents(path, signal) {
-  const read = (after) => get(path, { follow: false, after, limit: PAGE }, signal);
-  let page = await read(0);
-  let low = 0;
-  let high = null;
+  const read = (after, limit = PAGE) => get(path, { follow: false, after, limit }, signal);
+  const first = await read(0);
+  if (first.length < PAGE) return first;
+  let low = first.at(-1).id; // exists
+  let high = Infinity; // nothing follows it
   let step = PAGE;
-  while (page.length === PAGE || high !== null) {
-    if (page.length === PAGE) low = page.at(-1).id;
-    if (high !== null && high - low < 2) break;
-    const probe = high === null ? low + step : Math.floor((low + high) / 2);
+  while (high - low > 1) {
+    const probe = high === Infinity ? low + step : Math.floor((low + high) / 2);
     const found = await read(probe);
-    if (found.length) {
-      page = found;
-      low = Math.max(probe, found.at(-1).id);
-      if (found.length < PAGE) break;
-      if (high === null) step *= 2;
-    } else high = probe;
+    if (found.length) low = found.at(-1).id;
+    else high = probe;
+    if (found.length && found.length < PAGE) break;
+    step *= 2;
   }
-  return page;
+  return read(Math.max(0, low - TAIL), TAIL);
 }

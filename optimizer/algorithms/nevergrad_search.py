@@ -1,0 +1,124 @@
+"""Optimizers of the nevergrad package, those that are deterministic.
+
+Listed are the optimizers that, over 1 to 600 variables, budgets of 1 to 3,000 and 1 to 64 in flight, propose the same
+points whatever the state of the global generators, leave these untouched, and go on beyond their budget. NGOpt, Shiwa,
+nevergrad's CMA, EDA and the metamodels draw from numpy's global generator in some of these settings; one-shot designs
+(Hammersley, Latin hypercube) end with their budget; optimizers around scipy hang the interpreter at exit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.space import Genome
+from optimizer.spec import Strict
+
+OptimizerName = Literal[
+    "AlmostRotationInvariantDE",
+    "CauchyOnePlusOne",
+    "DE",
+    "DiscreteLenglerOnePlusOne",
+    "GeneticDE",
+    "NaiveTBPSA",
+    "OnePlusOne",
+    "OptimisticNoisyOnePlusOne",
+    "PSO",
+    "RotatedTwoPointsDE",
+    "SQOPSO",
+    "TBPSA",
+    "TwoPointsDE",
+]
+
+_SAME = 1e-9
+
+
+@algorithm("nevergrad")
+class Nevergrad(Algorithm):
+    """An optimizer of nevergrad on the unit cube, on the weighted sum of the losses. It never waits.
+
+    Outcomes stand for its own proposals in the order of these. Where a recorded genome is not the proposal (another kind of
+    CPU computed it), the recorded one is told. Foreign outcomes are told as points it did not ask for. A candidate without
+    a score counts as worse than the worst one known, by more than their whole spread.
+    """
+
+    summary = "An optimizer of the nevergrad package, by name: differential evolution, particle swarms, (1+1), TBPSA."
+    reference = "Bennet et al. 2021, Nevergrad: Black-Box Optimization Platform, SIGEVOlution 14(1)"
+
+    class Options(Strict):
+        """Options of `Nevergrad`."""
+
+        optimizer: OptimizerName = Field(
+            default="TwoPointsDE",
+            description="Name of the optimizer in nevergrad's registry; those that are deterministic are listed.",
+        )
+        sigma0: float = Field(
+            default=1 / 6, gt=0, le=1, description="First standard deviation, as a fraction of each variable's range."
+        )
+
+    def __init__(self, context: AlgorithmContext, options: Any) -> None:
+        super().__init__(context, options)
+        self._range = context.space.high - context.space.low
+        self._optimizer = self._make()
+        self._asked: deque[Any] = deque()
+        self._failed: list[tuple[Any, float]] = []
+        self._best = np.inf
+        self._worst = -np.inf
+
+    def ask(self, count: int) -> list[Proposal]:
+        """Return ``count`` proposals."""
+        return [Proposal(self._next()) for _ in range(count)]
+
+    def tell(self, outcome: Outcome) -> None:
+        """Take in the outcome of the oldest proposal that has none, or of a foreign candidate."""
+        candidate = self._candidate(outcome)
+        if outcome.losses is None or not outcome.feasible:
+            self._failed.append((candidate, _badness(outcome)))
+        else:
+            loss = float(outcome.losses @ self.context.weights)
+            self._best, self._worst = min(self._best, loss), max(self._worst, loss)
+            self._optimizer.tell(candidate, loss)
+        if np.isfinite(self._worst):  # before the first success there is nothing that failures could be worse than
+            for failed, badness in self._failed:
+                self._optimizer.tell(failed, self._worst + badness * max(self._worst - self._best, 1e-12))
+            self._failed = []
+
+    def _candidate(self, outcome: Outcome) -> Any:
+        asked = self._asked.popleft() if outcome.own and self._asked else None
+        if asked is not None and np.abs(self._genome(asked) - outcome.genome).max() <= _SAME * self._range.max():
+            return asked
+        return self._optimizer.parametrization.spawn_child(new_value=self._unit(outcome.genome))
+
+    def _next(self) -> Genome:
+        candidate = self._optimizer.ask()
+        self._asked.append(candidate)
+        return self._genome(candidate)
+
+    def _genome(self, candidate: Any) -> Genome:
+        return self.context.space.clip(self.context.space.low + candidate.value * self._range)
+
+    def _unit(self, genome: Genome) -> Genome:
+        return np.clip((genome - self.context.space.low) / self._range, 0.0, 1.0)
+
+    def _make(self) -> Any:
+        import nevergrad  # takes a second: only for jobs that use it
+
+        parameter = nevergrad.p.Array(init=self._unit(self.context.start))
+        parameter.set_mutation(sigma=self.options.sigma0)
+        # The order matters: whatever needs a random state before this line would seed one from numpy's global generator.
+        parameter.random_state = np.random.RandomState(self.context.seed)
+        parameter.set_bounds(0.0, 1.0, full_range_sampling=False)
+        return nevergrad.optimizers.registry[self.options.optimizer](
+            parametrization=parameter, budget=self.context.budget, num_workers=self.context.parallel
+        )
+
+
+def _badness(outcome: Outcome) -> float:
+    """How many spreads behind the worst one: from 1 to 2 by violation, 3 without finite losses."""
+    if outcome.losses is None or not np.isfinite(outcome.losses).all():
+        return 3.0
+    return 2.0 - 1.0 / (1.0 + outcome.violation)
