@@ -69,3 +69,12 @@ def create_app(store: JobStore, settings: Settings, inspect: Callable[[JobSpec],
 
 def _operation_id(route: APIRoute) -> str:
     return route.name
+
+
+def route_table(app: FastAPI) -> list[tuple[str, str, str]]:
+    """Return (method, path, summary) of every documented route, in the document's order."""
+    return [
+        (method.upper(), path, operation["summary"])
+        for path, operations in app.openapi()["paths"].items()
+        for method, operation in operations.items()
+    ]

@@ -52,6 +52,7 @@ def parse_document(text: bytes | str, form: Format, field: str = "body") -> Any:
 
 
 def _parse_yaml(text: bytes | str) -> Any:
+    _check_depth(text)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -63,6 +64,18 @@ def _parse_yaml(text: bytes | str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _check_depth(text: bytes | str) -> None:
+    """Refuse deep nesting by the parser's events, which need no stack: composing the nodes would overflow the C stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise RecursionError
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -98,6 +98,8 @@ class RangeVariable(Strict):
     def _ordered(self) -> RangeVariable:
         if self.low >= self.high:
             raise ValueError(f"`low` must be below `high`, not {self.low} and {self.high}: swap them?")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"the bounds of an integer must be whole numbers, not {self.low} and {self.high}")
         return self
 
 

@@ -90,6 +90,17 @@ class Service(Process):
         super().__init__(list(arguments or ("serve",)), home, roots=root, port=self.port, **settings)
         self.client = Client(f"http://127.0.0.1:{self.port}")
 
+    def kill(self) -> None:
+        """SIGKILL it; the client goes too."""
+        self.client.close()
+        super().kill()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        super().__exit__(kind, error, trace)
+
     def wait_ready(self) -> Client:
         """Wait until it answers, and return the client."""
 

@@ -78,7 +78,7 @@ class Candidates(Database):
             )
             return CandidateView(
                 **rendering.candidate_fields(row),
-                genome=None if recipe.genome is None else recipe.genome.tolist(),
+                genome=None if row.genome is None else row.genome.tolist(),
                 recipe=recipe.recipe,
                 parents=row.parents,
                 worker=row.worker,

@@ -2,7 +2,7 @@
 
 Every row belongs to a job and goes with it: children refer to the job alone, so that deleting a job of 100,000
 candidates is one statement a table. What pages and plots read is narrow (`CandidateRow`); what only one candidate's
-page or a controller's resume reads stands apart (`RecipeRow`, `ItemScoresRow`).
+page reads stands apart (`RecipeRow`, `ItemScoresRow`).
 
 Three things are kept twice, because they are read far more often than written, always in the transaction of the outcome
 they come from: counters and best values on the job, objective values as rows of their own (sorting by any objective),
@@ -158,6 +158,7 @@ class CandidateRow(Base):
     label: Mapped[str | None] = mapped_column(Text)
     fingerprint: Mapped[str] = mapped_column(String(64))
     parents: Mapped[list[int]]
+    genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64), deferred=True)
     duplicate_of: Mapped[int | None] = mapped_column(Integer)
     created_at: Mapped[datetime]
 
@@ -172,13 +173,12 @@ class CandidateRow(Base):
 
 
 class RecipeRow(Base):
-    """The heavy half of a proposal; never changes."""
+    """A candidate's recipe, kilobytes that only its own page, its evaluation and its export read."""
 
     __tablename__ = "recipes"
 
     job_id: Mapped[str] = _job_key()
     index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64))
     recipe: Mapped[dict[str, Any]]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, Text, and_, cast, select
@@ -17,21 +17,24 @@ from optimizer.ports import Candidate, Evaluation, Failure, JobLog
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
 
+_Record = Sequence[Any]
+
 
 class StoredRecipe(Mapping[str, Any]):
-    """A recipe whose JSON is parsed when somebody reads it: of a long log, hardly any is. Pickles as a plain dict.
+    """The recipe of an evaluated candidate, read when somebody looks at it: a controller that resumes hardly ever does.
+
+    Pickles as a plain dict.
 
     Args:
-        text: the JSON.
+        read: returns the recipe.
     """
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
+        self._read = read
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(self._text)
-        return data
+        return self._read()
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
@@ -43,20 +46,21 @@ class StoredRecipe(Mapping[str, Any]):
         return len(self._data)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return json.loads, (self._text,)
+        return dict, (self._data,)
 
     def __repr__(self) -> str:
-        return self._text
+        return repr(self._data)
 
 
-def read_log(session: Session, job: JobRow) -> JobLog:
-    """Return the job's log. Recipes that are still to be evaluated are plain dicts, the others `StoredRecipe`."""
+def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[str, Any]]) -> JobLog:
+    """Return the job's log. Recipes still to be evaluated are plain dicts, the others come through ``read_recipe``."""
     with _no_garbage_collection():
+        rows = _rows(session, job.id)
         return JobLog(
             spec=JobSpec.model_validate(job.spec),
             problem=None if job.problem is None else Problem.model_validate(job.problem),
-            candidates=_candidates(session, job.id),
-            evaluations=_evaluations(session, job.id),
+            candidates=_candidates(rows, _pending_recipes(session, job.id), read_recipe),
+            evaluations=_evaluations(rows),
             elapsed_s=job.elapsed_s,
         )
 
@@ -73,32 +77,36 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _candidates(session: Session, job_id: str) -> list[Candidate]:
-    row, heavy = CandidateRow, RecipeRow
-    # On the connection: the session would wrap every row once more.
-    rows = (
-        session.connection()
-        .execute(
-            select(
-                row.index,
-                row.generation,
-                row.told,
-                row.origin,
-                row.label,
-                heavy.genome,
-                _text(heavy.recipe),
-                row.fingerprint,
-                _text(row.parents),
-                row.duplicate_of,
-                row.state,
-            )
-            .join(heavy, and_(heavy.job_id == row.job_id, heavy.index == row.index))
-            .where(row.job_id == job_id)
-            .order_by(row.index)
-        )
-        .all()
+def _rows(session: Session, job_id: str) -> Sequence[_Record]:
+    row = CandidateRow
+    query = select(
+        row.index,
+        row.generation,
+        row.told,
+        row.origin,
+        row.label,
+        row.genome,
+        row.fingerprint,
+        row.duplicate_of,
+        _text(row.parents),
+        row.state,
+        row.violation,
+        row.worker,
+        _text(row.values),
+        _text(row.failure),
+        _text(row.seconds),
     )
-    all_parents = _parse([parents for *_, parents, _, _ in rows])
+    # On the connection: the session would wrap every row once more.
+    return session.connection().execute(query.where(row.job_id == job_id).order_by(row.index)).all()
+
+
+def _candidates(
+    rows: Sequence[_Record],
+    pending: dict[int, dict[str, Any]],
+    read_recipe: Callable[[int], dict[str, Any]],
+) -> list[Candidate]:
+    all_parents = _parse([row[8] for row in rows])
+    # Unpacked by position: looking up columns by name would take as long again.
     return [
         Candidate(
             index,
@@ -107,50 +115,39 @@ def _candidates(session: Session, job_id: str) -> list[Candidate]:
             origin,
             label,
             genome,
-            json.loads(recipe) if state == "pending" else StoredRecipe(recipe),
+            pending.get(index) or StoredRecipe(partial(read_recipe, index)),
             fingerprint,
             tuple(parents),
             duplicate_of,
         )
-        for (
-            index,
-            generation,
-            told,
-            origin,
-            label,
-            genome,
-            recipe,
-            fingerprint,
-            _,
-            duplicate_of,
-            state,
-        ), parents in zip(rows, all_parents, strict=True)
+        for (index, generation, told, origin, label, genome, fingerprint, duplicate_of, *_), parents in zip(
+            rows, all_parents, strict=True
+        )
     ]
 
 
-def _evaluations(session: Session, job_id: str) -> dict[int, Evaluation]:
-    row = CandidateRow
-    rows = (
-        session.connection()
-        .execute(
-            select(row.index, _text(row.values), row.violation, _text(row.failure), _text(row.seconds), row.worker)
-            .where(row.job_id == job_id, row.state.in_(("completed", "failed")), row.duplicate_of.is_(None))
-            .order_by(row.index)
-        )
-        .all()
+def _pending_recipes(session: Session, job_id: str) -> dict[int, dict[str, Any]]:
+    rows = session.execute(
+        select(RecipeRow.index, RecipeRow.recipe)
+        .join(CandidateRow, and_(CandidateRow.job_id == RecipeRow.job_id, CandidateRow.index == RecipeRow.index))
+        .where(CandidateRow.job_id == job_id, CandidateRow.state == "pending")
     )
-    values, failures, seconds = (_parse([record[column] for record in rows]) for column in (1, 3, 4))
+    return dict(rows.tuples().all())
+
+
+def _evaluations(rows: Sequence[_Record]) -> dict[int, Evaluation]:
+    own = [row for row in rows if row[7] is None and row[9] in ("completed", "failed")]
+    parsed = [_parse([row[column] for row in own]) for column in (12, 13, 14)]
     return {
-        record[0]: Evaluation(
-            record[0],
-            None if numbers is None else tuple(numbers),
-            record[2],
-            {},
-            None if failure is None else Failure(**failure),
-            taken,
-            record[5],
+        row[0]: Evaluation(
+            index=row[0],
+            values=None if values is None else tuple(values),
+            violation=row[10],
+            failure=None if failure is None else Failure(**failure),
+            seconds=seconds,
+            worker=row[11],
         )
-        for record, numbers, failure, taken in zip(rows, values, failures, seconds, strict=True)
+        for row, values, failure, seconds in zip(own, *parsed, strict=True)
     }
 
 

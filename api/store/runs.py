@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -57,10 +58,13 @@ class Runs(Database):
             return job.requested
 
     def load(self, lease: Lease) -> JobLog:
-        """Return the job's log, without per-item scores. Raises `LeaseLost`."""
+        """Return the job's log, without per-item scores. Raises `LeaseLost`.
+
+        Recipes of evaluated candidates are read when they are looked at, which raises `NotFound` once the job is deleted.
+        """
         with self.read() as session:
-            job = session.get(JobRow, lease.job_id)
-            return replay.read_log(session, _check_lease(job, lease))
+            job = _check_lease(session.get(JobRow, lease.job_id), lease)
+            return replay.read_log(session, job, partial(self._recipe, job.id))
 
     def start(self, lease: Lease, problem: Problem) -> None:
         """Record the job's inputs as found (the first time) and that it is running.
@@ -143,6 +147,13 @@ class Runs(Database):
         with self._leased(lease, "release") as (_, job):
             lifecycle.drop_lease(job)
 
+    def _recipe(self, job_id: str, index: int) -> dict[str, Any]:
+        with self.read() as session:
+            row = session.get(RecipeRow, (job_id, index))
+            if row is None:
+                raise lifecycle.no_job(job_id)
+            return row.recipe
+
     @contextmanager
     def _leased(self, lease: Lease, operation: str) -> Iterator[tuple[Session, JobRow]]:
         """A writing transaction in which the job is locked and the lease is known to be good."""
@@ -207,6 +218,7 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
             "label": candidate.label,
             "fingerprint": candidate.fingerprint,
             "parents": list(candidate.parents),
+            "genome": candidate.genome,
             "duplicate_of": candidate.duplicate_of,
             "created_at": now,
         }
@@ -215,7 +227,7 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
     session.execute(insert(CandidateRow), rows)
     session.execute(
         insert(RecipeRow),
-        [{"job_id": job.id, "index": c.index, "genome": c.genome, "recipe": dict(c.recipe)} for c in candidates],
+        [{"job_id": job.id, "index": c.index, "recipe": dict(c.recipe)} for c in candidates],
     )
     outcomes.insert_values(session, job, {row["index"]: row["values"] for row in rows if row["values"] is not None})
 

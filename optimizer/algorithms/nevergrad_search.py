@@ -53,7 +53,7 @@ class Nevergrad(Algorithm):
         """Options of `Nevergrad`."""
 
         optimizer: OptimizerName = Field(
-            default="TwoPointsDE",
+            default="AlmostRotationInvariantDE",
             description="Name of the optimizer in nevergrad's registry; those that are deterministic are listed.",
         )
         sigma0: float = Field(

@@ -16,7 +16,7 @@ from optimizer.spec import Strict
 
 _LARGEST_DEFAULT = 100
 _SMALLEST_DEFAULT = 12
-_GENERATIONS = 12
+_GENERATIONS = 30
 _JITTER = 0.1
 
 Vector = NDArray[np.float64]
@@ -50,7 +50,7 @@ class Nsga2(Algorithm):
             default=0.9, ge=0, le=1, description="Share of offspring that mix two parents; the others copy one."
         )
         crossover_eta: float = Field(
-            default=15.0,
+            default=5.0,
             gt=0,
             le=1000,
             description="Distribution index of simulated binary crossover: higher stays closer to the parents.",
@@ -59,7 +59,7 @@ class Nsga2(Algorithm):
             default=None, gt=0, le=1, description="Probability of each variable to mutate; 1 / variables by default."
         )
         mutation_eta: float = Field(
-            default=20.0, gt=0, le=1000, description="Distribution index of polynomial mutation: higher changes less."
+            default=10.0, gt=0, le=1000, description="Distribution index of polynomial mutation: higher changes less."
         )
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:

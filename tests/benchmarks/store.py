@@ -254,6 +254,7 @@ class _Filler:
             "label": f"start {index}" if index < 5 else None,
             "fingerprint": f"{self._source(index):064x}",
             "parents": [index // 2, index // 3] if index > 20 else [],
+            "genome": self._genome(index),
             "duplicate_of": self._source(index) if duplicate else None,
             "state": "failed" if failed else "completed",
             "values": None if failed else self._values(index),
@@ -265,8 +266,11 @@ class _Filler:
         }
 
     def _recipe(self, index: int) -> dict[str, Any]:
-        genome = self.genomes[self._source(index)]
-        return self._row(index) | {"genome": genome, "recipe": self.space.recipe(genome).to_json()}
+        return self._row(index) | {"recipe": self.space.recipe(self._genome(index)).to_json()}
+
+    def _genome(self, index: int) -> NDArray[np.float64]:
+        genome: NDArray[np.float64] = self.genomes[self._source(index)]
+        return genome
 
     def _event(self, index: int, now: Any) -> dict[str, Any]:
         progress = Progress(budget=self.count, proposed=index).model_dump()

@@ -235,9 +235,9 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _probe(tensor: Tensor) -> Tensor:
-    return (
-        torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape) if tensor.dim() else torch.zeros((), dtype=tensor.dtype)
-    )
+    if not tensor.is_floating_point():
+        return tensor.cpu()
+    return torch.full([1] * tensor.dim(), float("nan"), dtype=tensor.dtype).expand(tensor.shape)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def bpe_llama(path: Path, **special: str) -> Path:
         show_progress=False,
     )
     core.train_from_iterator(["the cat sat on the mat and the hat", "yes no maybe: the answer is yes"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **special)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(path)
     transformers.set_seed(0)
     config = LlamaConfig(

@@ -96,7 +96,7 @@ def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     model = open_model(name, checkpoint(name))
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
     exact = evaluator.evaluate(model)["loss"].mean()
-    rounded = evaluator.evaluate(model.to(torch.bfloat16))["loss"].mean()
+    rounded = evaluator.evaluate(model.bfloat16())["loss"].mean()
     assert rounded == pytest.approx(exact, rel=0.1)
     assert rounded != exact
 
@@ -108,7 +108,8 @@ def test_cuda(name: str, checkpoint: Checkpoint) -> None:
     model = open_model(name, checkpoint(name))
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
     on_cpu = evaluator.evaluate(model)
-    on_gpu = evaluator.evaluate(model.to("cuda"))
+    torch.nn.Module.cuda(model)
+    on_gpu = evaluator.evaluate(model)
     same(on_gpu, evaluator.evaluate(model))
     same({"loss": on_cpu["loss"]}, {"loss": on_gpu["loss"]}, rtol=1e-2, atol=1e-3)
 
@@ -135,7 +136,8 @@ def test_dropout_is_off(name: str, checkpoint: Checkpoint) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
-    same(evaluator.evaluate(model.eval()), evaluator.evaluate(model.train()))
+    still = evaluator.evaluate(model)
+    same(still, evaluator.evaluate(model.train()))
 
 
 @every_evaluator

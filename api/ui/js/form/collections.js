@@ -3,7 +3,6 @@
 import { button, h, uid } from "../core/dom.js";
 import { label, singular } from "../core/format.js";
 import { same } from "../core/util.js";
-import { control, scalarWidget } from "./scalars.js";
 import { defaultOf, resolve } from "./schema.js";
 import { frame, helpOf } from "./frame.js";
 
@@ -11,7 +10,8 @@ const ALWAYS_OPEN = new Set(["", "merge", "algorithm", "budget"]);
 
 /** Make the children of an object's properties: a Map of name to widget. */
 function properties(schema, context) {
-  return new Map(Object.entries(schema.properties).map(([name, property]) => [
+  const entries = Object.entries(schema.properties).sort(([a], [b]) => (b === "name") - (a === "name")); // what a part is called comes first
+  return new Map(entries.map(([name, property]) => [
     name,
     context.make(property, {
       ...context,
@@ -19,6 +19,7 @@ function properties(schema, context) {
       text: label(name),
       required: schema.required?.includes(name) ?? false,
       depth: context.depth + 1,
+      bare: false,
     }),
   ]));
 }
@@ -39,6 +40,7 @@ function readChildren(children, schema, defs) {
 const isEmpty = (value) => typeof value === "object" && value !== null && Object.keys(value).length === 0;
 
 export function objectWidget(schema, context) {
+  const { path } = context;
   const children = properties(schema, context);
   const widget = {
     children,
@@ -56,11 +58,23 @@ export function objectWidget(schema, context) {
     fail: (message) => framed.fail(message),
   };
   context.wire?.(context.path, widget);
-  const grid = h("div", { class: "fields" }, [...children.values()].map((one) => one.node));
-  const framed = context.depth === 0 ? plainFrame(grid) : section(schema, context, grid, widget);
+  const grid = h("div", { class: "fields" }, path === "" ? general(children) : [...children.values()].map((one) => one.node));
+  const framed = context.bare ? plainFrame(grid) : section(schema, context, grid, widget);
   widget.node = framed.node;
   if (defaultOf(schema)) widget.write(defaultOf(schema));
   return widget;
+}
+
+/** The whole form: its parts as cards, and one card before them for the fields that belong to no part. */
+function general(children) {
+  const nodes = [...children.values()].map((one) => one.node);
+  const loose = nodes.filter((node) => node.classList.contains("field"));
+  const id = uid("general");
+  return [
+    h("section", { class: "card section", "aria-labelledby": id }, h("header", null, h("h2", { id }, "Job")),
+      h("div", { class: "body" }, h("div", { class: "fields" }, loose))),
+    nodes.filter((node) => !loose.includes(node)),
+  ];
 }
 
 function plainFrame(grid) {
@@ -76,7 +90,7 @@ function show(problem, message) {
 /** A part of the form that folds; parts with needed fields start open. */
 function section(schema, context, grid, widget) {
   const { path, text, depth } = context;
-  const open = ALWAYS_OPEN.has(path) || (schema.required?.length ?? 0) > 0 || path === "base" || Boolean(context.open);
+  const open = ALWAYS_OPEN.has(path) || (schema.required?.length ?? 0) > 0 || context.required;
   const problem = h("p", { class: "problem", hidden: true });
   const heading = depth === 1 ? h("h2", null, text) : h("span", null, text);
   const node = h("details", { class: depth === 1 ? "card section" : "fold subsection", open },
@@ -100,7 +114,7 @@ function section(schema, context, grid, widget) {
 /** An object that may be absent: a checkbox that brings its fields. */
 export function optionalWidget(schema, context) {
   const box = h("input", { type: "checkbox" });
-  const inner = objectWidget({ ...schema, default: undefined, description: undefined }, { ...context, depth: 0 });
+  const inner = objectWidget({ ...schema, default: undefined, description: undefined }, { ...context, bare: true });
   const framed = frame({ text: context.text, help: helpOf(schema), target: box, kind: "check" });
   const body = h("div", { class: "nested", hidden: true }, inner.node);
   const toggle = (on) => {
@@ -144,7 +158,7 @@ export function listWidget(schema, context) {
 
   function insert(value) {
     const widget = context.make(schema.items, {
-      ...context, path: `${context.path}.*`, text: isObject ? "" : `${label(name)}`, required: true, depth: isObject ? 0 : context.depth + 1,
+      ...context, path: `${context.path}.*`, text: isObject ? "" : `${label(name)}`, required: true, depth: context.depth + 1, bare: true,
     });
     const entry = { widget };
     const remove = button(isObject ? "Remove" : null, () => {
@@ -267,5 +281,3 @@ export function dictWidget(schema, context) {
   widget.write(defaultOf(schema));
   return widget;
 }
-
-export { control, scalarWidget };

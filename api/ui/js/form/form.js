@@ -19,7 +19,6 @@ const WIDGETS = {
 export function jobForm(schema, registries) {
   const defs = schema.$defs ?? {};
   const heads = new Set();
-  const special = specials(registries, heads, () => experts());
 
   function make(part, context) {
     const found = resolve(part, context.defs);
@@ -29,11 +28,13 @@ export function jobForm(schema, registries) {
     return WIDGETS[kind](found.schema, context);
   }
 
-  const root = make(schema, { path: "", text: label("job"), required: true, depth: 0, defs, make, wire: special.wire, changed: () => refreshHeads() });
-  const experts = () => (root.child("experts")?.read() ?? []).map((expert) => expert.name).filter(Boolean);
+  let root = null; // the fields that look at the experts are made before it is complete
+  const experts = () => (root?.child("experts")?.read() ?? []).map((expert) => expert.name).filter(Boolean);
   const refreshHeads = () => {
     for (const head of heads) head.fill(experts().map((name) => [name, name]));
   };
+  const special = specials(registries, heads, experts);
+  root = make(schema, { path: "", text: label("job"), required: true, depth: 0, bare: true, defs, make, wire: special.wire, changed: () => refreshHeads() });
   root.node.addEventListener("input", (event) => {
     if (event.target.closest(".item")) refreshHeads();
   });

@@ -19,6 +19,7 @@ export function registryWidget(schema, context, entries) {
   };
   const widget = entries.length ? choiceWidget({ ...schema, description: undefined }, { ...context, required: true }, pairs, changed) : textWidget(schema, context);
   widget.node.append(summary);
+  widget.node.classList.add("wide");
   widget.entry = () => entries.find((one) => one.name === widget.read()) ?? null;
   widget.onEntry = (listener) => {
     listeners.push(listener);

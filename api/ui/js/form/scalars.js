@@ -74,7 +74,7 @@ export function choiceWidget(schema, context, options, changed) {
   const input = h("select");
   const fill = (pairs) => {
     const value = input.value;
-    const empty = context.required ? [] : [["", "default"]];
+    const empty = context.required ? (schema.default === undefined ? [["", "choose…"]] : []) : [["", "default"]];
     input.replaceChildren(...[...empty, ...pairs].map(([key, text]) => h("option", { value: key }, text)));
     if (value) set(value);
   };

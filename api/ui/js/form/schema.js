@@ -1,5 +1,7 @@
 // Reading JSON schema: references, optional parts, bounds.
 
+import { count } from "../core/format.js";
+
 /** Follow $ref and take "or null" off: returns { schema, nullable }. */
 export function resolve(schema, defs) {
   let { $ref, ...rest } = schema;
@@ -51,8 +53,9 @@ export const defaultOf = (schema) => (schema.default === null ? undefined : sche
 /** "0 to 10", "at least 1", "above 0", … or null. */
 export function boundsText(schema) {
   const { minimum, maximum, exclusiveMinimum, exclusiveMaximum } = schema;
-  const low = minimum !== undefined ? `at least ${minimum}` : exclusiveMinimum !== undefined ? `above ${exclusiveMinimum}` : null;
-  const high = maximum !== undefined ? `at most ${maximum}` : exclusiveMaximum !== undefined ? `below ${exclusiveMaximum}` : null;
+  const number = (value) => (Number.isInteger(value) ? count(value) : String(value));
+  const low = minimum !== undefined ? `at least ${number(minimum)}` : exclusiveMinimum !== undefined ? `above ${number(exclusiveMinimum)}` : null;
+  const high = maximum !== undefined ? `at most ${number(maximum)}` : exclusiveMaximum !== undefined ? `below ${number(exclusiveMaximum)}` : null;
   return [low, high].filter(Boolean).join(" and ") || null;
 }
 

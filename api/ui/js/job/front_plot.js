@@ -78,7 +78,7 @@ function figure(model, { x, y }) {
     trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),
     staircase(model, front.front.filter(shown), x, y),
     trace(best, { marker: { size: 9, color: token("--plot-front"), line: { width: 1, color: token("--surface") } } }),
-    trace(baselines, baselineStyle(baselines)),
+    trace(baselines, baselineStyle(baselines, labelPlaces(model, baselines, [x, y]))),
     trace(selectedPoint(model, shown), {
       marker: { size: 17, symbol: "circle-open", color: token("--plot-selected"), line: { width: 2.5 } },
       hoverinfo: "skip",
@@ -110,7 +110,32 @@ function hover(model, point) {
 
 const SYMBOLS = { base: "square", uniform: "star" };
 
-function baselineStyle(points) {
+const PLACES = { "top center": [0, -1], "bottom center": [0, 1], "middle right": [1, 0], "middle left": [-1, 0], "top right": [1, -1], "bottom left": [-1, 1], "bottom right": [1, 1], "top left": [-1, -1] };
+const LETTER = 0.0095; // width of a letter and height of a line, as fractions of the plot
+const LINE = 0.042;
+
+/** Choose for each label the first place around its point where it covers no other label. */
+function labelPlaces({ front }, points, axes) {
+  const all = [...front.front, ...front.baselines, ...front.dominated];
+  const scales = axes.map((key) => {
+    const values = all.map((point) => coordinate(point, key)).filter(Number.isFinite);
+    const low = Math.min(...values);
+    const spread = Math.max(...values) - low || 1;
+    return (point) => (coordinate(point, key) - low) / spread;
+  });
+  const taken = [];
+  return points.map((point) => {
+    const [x, y] = [scales[0](point), 1 - scales[1](point)];
+    const width = LETTER * (point.label ?? "#00").length;
+    const box = ([dx, dy]) => ({ x: x + (dx * (width + 0.02)) / 2, y: y + dy * 1.1 * LINE, width });
+    const free = ({ x: cx, y: cy, width: w }) => taken.every((other) => Math.abs(other.x - cx) > (other.width + w) / 2 || Math.abs(other.y - cy) > LINE);
+    const [place, offset] = Object.entries(PLACES).find(([, one]) => free(box(one))) ?? ["top center", [0, -1]];
+    taken.push(box(offset));
+    return place;
+  });
+}
+
+function baselineStyle(points, places) {
   const few = points.length <= 16;
   return {
     mode: few ? "markers+text" : "markers",
@@ -122,8 +147,8 @@ function baselineStyle(points) {
       line: { width: points.map((point) => (point.on_front ? 2.5 : 1)), color: points.map((point) => token(point.on_front ? "--plot-front" : "--surface")) },
     },
     texttemplate: points.map((point) => plain(point.label ?? `#${point.index}`)),
-    textposition: "top center",
-    textfont: { color: token("--plot-baseline"), size: 12 },
+    textposition: places,
+    textfont: { color: token("--plot-baseline"), size: 12, shadow: `0 0 3px ${token("--surface")}, 0 0 3px ${token("--surface")}` },
   };
 }
 

@@ -5,7 +5,7 @@ import { score } from "../core/format.js";
 import { showError } from "../core/notify.js";
 import { coefficientMeans } from "./coefficients.js";
 
-const SIZE = { height: 300, top: 34, bottom: 30, side: 56, step: 108 };
+const SIZE = { width: 820, height: 290, top: 34, bottom: 24, side: 64, step: 100 };
 const MOST_LINES = 200;
 
 export function parallelPlot(model, page) {
@@ -94,9 +94,10 @@ function makeAxes(model, points, means) {
 
 function chart(model, points, means, onHover) {
   const axes = makeAxes(model, points, means);
-  const width = 2 * SIZE.side + SIZE.step * Math.max(1, axes.length - 1);
+  const gaps = Math.max(1, axes.length - 1);
+  const width = Math.max(SIZE.width, 2 * SIZE.side + SIZE.step * gaps);
   const inner = SIZE.height - SIZE.top - SIZE.bottom;
-  const x = (i) => SIZE.side + (axes.length > 1 ? i * SIZE.step : SIZE.step / 2);
+  const x = (i) => SIZE.side + (i * (width - 2 * SIZE.side)) / gaps;
   const y = (part) => SIZE.top + (1 - part) * inner;
   const lines = [...points].sort((a) => (a.index === model.selected ? 1 : -1)).map((point) => {
     const spots = axes.map((one, i) => [x(i), y(one.at(point))]).filter((spot) => spot.every(Number.isFinite));
@@ -109,7 +110,7 @@ function chart(model, points, means, onHover) {
       onpointerleave: () => onHover(null),
     }, s("title", null, describe(model, point)));
   });
-  return s("svg", { viewBox: `0 0 ${width} ${SIZE.height}`, style: { "min-width": `${Math.min(width, 90 * axes.length + 60)}px` }, role: "img", "aria-label": `${points.length} candidates of the front over ${axes.length} axes, better values at the top` },
+  return s("svg", { viewBox: `0 0 ${width} ${SIZE.height}`, style: { "min-width": `${Math.max(560, 0.7 * width)}px` }, role: "img", "aria-label": `${points.length} candidates of the front over ${axes.length} axes, better values at the top` },
     axes.map((one, i) => axisNode(one, x(i), inner)), s("g", null, lines));
 }
 

@@ -39,15 +39,16 @@ const CONFIG = {
 /** Layout that all plots share. */
 export function baseLayout() {
   const text = token("--text-2");
+  const touch = window.matchMedia("(pointer: coarse)").matches;
   return {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Liberation Sans, Arial, sans-serif", size: 12, color: text },
-    margin: { l: 56, r: 16, t: 12, b: 44 },
+    margin: { l: 56, r: 16, t: touch ? 44 : 14, b: 44 }, // on touch screens the buttons always show
     showlegend: false,
     hovermode: "closest",
     // On a touch screen a drag must scroll the page.
-    dragmode: window.matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    dragmode: touch ? false : "zoom",
     hoverlabel: { bgcolor: token("--surface-3"), bordercolor: token("--border-strong"), font: { color: token("--text"), size: 12 }, align: "left" },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: text, activecolor: token("--accent") },
   };

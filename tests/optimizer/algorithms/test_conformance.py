@@ -1,0 +1,304 @@
+"""What every algorithm must do, whoever wrote it. A new one is tested here by being registered."""
+
+from __future__ import annotations
+
+import random
+from typing import get_args
+
+import nevergrad  # noqa: F401  its import draws from the global generator, once
+import numpy as np
+import pytest
+
+from optimizer.algorithms import ALGORITHMS, Outcome
+from optimizer.algorithms.base import parse_options
+from optimizer.algorithms.nevergrad_search import OptimizerName
+from optimizer.errors import InvalidInput
+from optimizer.spec import AlgorithmSpec
+from tests.optimizer.algorithms.driving import (
+    Case,
+    Log,
+    best_loss,
+    clean,
+    drive,
+    make_context,
+    mixed,
+    outcomes_of,
+    proposals_of,
+    reals,
+    replay,
+    same,
+    smooth,
+    troubled,
+)
+
+DEFAULTS = [Case(name) for name in ALGORITHMS]
+VARIANTS = [
+    Case("cma_es", {"covariance": "full"}),
+    Case("cma_es", {"covariance": "diagonal", "restarts": "bipop", "population": 5}),
+    Case("cma_es", {"scalarisation": "tchebycheff", "normalise": False}),
+    Case("nsga2", {"population": 7}),
+    *(Case("nevergrad", {"optimizer": name}) for name in get_args(OptimizerName)),
+]
+CASES = [*DEFAULTS, *VARIANTS]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def global_generators_untouched() -> object:
+    """Whatever a test here does, numpy's and Python's global generators stay as they were."""
+    before = np.random.get_state(legacy=False), random.getstate()
+    yield
+    after = np.random.get_state(legacy=False), random.getstate()
+    assert before[1] == after[1]
+    np.testing.assert_equal(after[0], before[0])
+
+
+@every_default
+def test_describes_itself(case: Case) -> None:
+    cls = ALGORITHMS[case.name]
+    assert cls.name == case.name
+    assert cls.summary.endswith(".") and len(cls.summary) < 150
+    assert any(character.isdigit() for character in cls.reference), "a reference has a year"
+    for name, field in cls.Options.model_json_schema().get("properties", {}).items():
+        assert field.get("description"), f"option {name} has no description"
+
+
+@every_default
+def test_refuses_unknown_options(case: Case) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_options(AlgorithmSpec(name=case.name, options={"no_such": 1}))
+    assert caught.value.field == "algorithm.options.no_such"
+
+
+def test_unknown_name_lists_what_exists() -> None:
+    with pytest.raises(InvalidInput, match="cma_es, nevergrad, nsga2, random") as caught:
+        parse_options(AlgorithmSpec(name="no_such"))
+    assert caught.value.field == "algorithm.name"
+
+
+@pytest.mark.parametrize("parallel", [1, 7, 64])
+@pytest.mark.parametrize("dim", [1, 2, 35])
+@every_case
+def test_survives_every_kind_of_outcome_and_replays(case: Case, dim: int, parallel: int) -> None:
+    space = reals(dim)
+    context = make_context(space, parallel=parallel, objectives=2)
+    foreign = [space.low, space.high, context.start, space.high + 1.0]
+    log = drive(case.make(context), troubled(smooth(space, 2)), 90, foreign=foreign, every=11)
+    assert len(proposals_of(log)) == 90
+    assert_inside(log, space.low, space.high)
+    replay(case.make(context), log)
+
+
+@every_case
+def test_replays_at_every_prefix(case: Case) -> None:
+    space = reals(3)
+    context = make_context(space, parallel=3)
+    log = drive(case.make(context), clean(smooth(space)), 40, foreign=[space.low, context.start], every=9)
+    for end in range(len(log)):
+        replay(case.make(context), log[: end + 1])
+
+
+@every_case
+def test_many_proposals_are_those_asked_one_by_one(case: Case) -> None:
+    context = make_context(reals(5), parallel=4)
+    at_once, singly = case.make(context), case.make(context)
+    together = at_once.ask(12)
+    one_by_one = [proposal for _ in together for proposal in singly.ask(1)]
+    assert same(together, one_by_one)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 64])
+@every_case
+def test_proposes_in_batches_of_any_size(case: Case, count: int) -> None:
+    space = reals(4)
+    log = drive(case.make(make_context(space, parallel=count)), clean(smooth(space)), 130, window=count)
+    assert len(proposals_of(log)) == 130
+    assert_inside(log, space.low, space.high)
+
+
+@every_case
+def test_empty_asks_change_nothing(case: Case) -> None:
+    space = reals(4)
+    context = make_context(space)
+    plain, nagged = case.make(context), case.make(context)
+    losses = smooth(space)
+    index = 0
+    for _ in range(6):
+        batch = plain.ask(plain.batch_size)
+        assert nagged.ask(0) == []
+        assert same(nagged.ask(nagged.batch_size), batch)
+        for proposal in batch:
+            assert nagged.ask(0) == []
+            outcome = Outcome(index, proposal.genome, losses(proposal.genome))
+            plain.tell(outcome)
+            nagged.tell(outcome)
+            index += 1
+
+
+@every_case
+def test_a_generation_under_way_waits_without_a_trace(case: Case) -> None:
+    space = reals(4)
+    algorithm = case.make(make_context(space))
+    losses = smooth(space)
+    batch = algorithm.ask(algorithm.batch_size)
+    if algorithm.ask(1):
+        pytest.skip("never waits")
+    other = case.make(make_context(space))
+    other.ask(other.batch_size)
+    for index, proposal in enumerate(batch):
+        assert algorithm.ask(5) == []
+        for each in (algorithm, other):
+            each.tell(Outcome(index, proposal.genome, losses(proposal.genome)))
+    assert same(algorithm.ask(50), other.ask(50))
+
+
+@every_case
+def test_instances_and_global_generators_do_not_disturb_each_other(case: Case) -> None:
+    space = reals(4)
+    losses = smooth(space)
+    context = make_context(space)
+    log = drive(case.make(context), clean(losses), 60)
+    algorithm, neighbour = case.make(context), case.make(make_context(space, seed=8))
+    state, others = np.random.get_state(), random.getstate()
+    np.random.seed(len(str(case)))
+    random.seed(99)
+    for number, entry in enumerate(log):
+        for proposal in neighbour.ask(1):
+            neighbour.tell(Outcome(number, proposal.genome, losses(proposal.genome)))
+        np.random.random(3)
+        replay(algorithm, [entry])
+    np.random.set_state(state)
+    random.setstate(others)
+
+
+@every_case
+def test_seeds_differ(case: Case) -> None:
+    space = reals(4)
+    logs = [drive(case.make(make_context(space, seed=seed)), clean(smooth(space)), 30) for seed in (0, 1, 2**32 - 1)]
+    assert len({tuple(p.genome.tobytes() for p in proposals_of(log)) for log in logs}) == 3
+
+
+@pytest.mark.parametrize("trouble", ["failed", "nan", "violating"])
+@every_case
+def test_recovers_from_a_long_run_of_failures(case: Case, trouble: str) -> None:
+    space = reals(3)
+    losses = smooth(space)
+
+    def evaluate(index: int, genome: np.ndarray[tuple[int], np.dtype[np.float64]], own: bool) -> Outcome:
+        if index >= 100:
+            return Outcome(index, genome, losses(genome), own=own)
+        values = {"failed": None, "nan": np.array([np.nan]), "violating": losses(genome)}[trouble]
+        return Outcome(index, genome, values, violation=1.0 if trouble == "violating" else 0.0, own=own)
+
+    algorithm = case.make(make_context(space, parallel=4, budget=None))
+    log = drive(algorithm, evaluate, 220, foreign=[space.low])
+    assert_inside(log, space.low, space.high)
+    assert best_loss(log) < 0.2, "it went on to search"
+
+
+@every_case
+def test_last_bits_of_recorded_genomes_do_not_matter(case: Case) -> None:
+    """On another kind of CPU replayed proposals differ in their last bits from the recorded ones."""
+    space = reals(6)
+    losses = smooth(space)
+    context = make_context(space)
+    log = drive(case.make(context), clean(losses), 60)
+    algorithm = case.make(context)
+    for entry in log:
+        if isinstance(entry, Outcome):
+            nudged = np.nextafter(entry.genome, np.where(entry.index % 2, np.inf, -np.inf))
+            algorithm.tell(Outcome(entry.index, nudged, entry.losses, own=entry.own))
+            continue
+        for proposal, recorded in zip(algorithm.ask(entry.count), entry.proposals, strict=True):
+            np.testing.assert_allclose(proposal.genome, recorded.genome, rtol=0, atol=1e-6)
+
+
+@every_case
+def test_recorded_genomes_that_are_not_its_own_are_taken_in(case: Case) -> None:
+    """The recorded genome is authoritative, however far it lies from what this process would have proposed."""
+    space = reals(6)
+    losses = smooth(space)
+    other = np.random.Generator(np.random.PCG64(1))
+
+    def evaluate(index: int, genome: np.ndarray[tuple[int], np.dtype[np.float64]], own: bool) -> Outcome:
+        recorded = space.clip(genome + other.normal(scale=0.2, size=genome.shape))
+        return Outcome(index, recorded, losses(recorded), own=own)
+
+    context = make_context(space)
+    log = drive(case.make(context), evaluate, 80)
+    assert_inside(log, space.low, space.high)
+    replay(case.make(context), log)
+
+
+@every_case
+def test_constant_losses_do_not_stop_it(case: Case) -> None:
+    space = reals(3)
+    algorithm = case.make(make_context(space, parallel=2))
+    log = drive(algorithm, lambda index, genome, own: Outcome(index, genome, np.array([0.5]), own=own), 400)
+    assert_inside(log, space.low, space.high)
+
+
+@every_case
+def test_a_budget_of_one(case: Case) -> None:
+    space = reals(3)
+    log = drive(case.make(make_context(space, budget=1)), clean(smooth(space)), 1, window=1)
+    assert len(proposals_of(log)) == 1
+    assert_inside(log, space.low, space.high)
+
+
+@every_case
+def test_goes_on_beyond_its_budget(case: Case) -> None:
+    """Duplicates cost no evaluation, so more may be asked than the budget says."""
+    space = reals(3)
+    log = drive(case.make(make_context(space, budget=20)), clean(smooth(space)), 60)
+    assert len(proposals_of(log)) == 60
+
+
+@pytest.mark.parametrize("case", [Case("random"), Case("cma_es"), Case("nsga2"), Case("nevergrad")], ids=str)
+def test_six_hundred_variables(case: Case) -> None:
+    space = reals(600)
+    context = make_context(space, parallel=8)
+    log = drive(case.make(context), troubled(smooth(space)), 60, foreign=[space.low, space.high])
+    assert_inside(log, space.low, space.high)
+    replay(case.make(context), log)
+
+
+@every_case
+def test_integers_and_choices(case: Case) -> None:
+    space = mixed()
+    context = make_context(space, parallel=2)
+    losses = smooth(space)
+    log = drive(case.make(context), clean(losses), 150, foreign=[space.high])
+    assert_inside(log, space.low, space.high)
+    for variable, column in zip(space.variables, np.array([p.genome for p in proposals_of(log)]).T, strict=True):
+        seen = {variable.read(float(number)) for number in column}
+        assert len(seen) > 1, f"{variable.name} never varies"
+    replay(case.make(context), log)
+
+
+@every_case
+def test_beats_random_search(case: Case) -> None:
+    space = reals(10)
+    if case.name == "random":
+        pytest.skip("it is random search")
+
+    def median(case: Case) -> float:
+        return float(
+            np.median(
+                [
+                    best_loss(drive(case.make(make_context(space, seed=seed, budget=300)), clean(smooth(space)), 300))
+                    for seed in range(3)
+                ]
+            )
+        )
+
+    assert median(case) < 0.7 * median(Case("random"))
+
+
+def assert_inside(log: Log, low: np.ndarray, high: np.ndarray) -> None:  # type: ignore[type-arg]
+    genomes = np.array([proposal.genome for proposal in proposals_of(log)])
+    assert np.isfinite(genomes).all()
+    assert (genomes >= low).all() and (genomes <= high).all()
+    assert outcomes_of(log)

@@ -1,0 +1,223 @@
+"""The real service for the browser: FastAPI app, uvicorn, SQLite store and controller; only the models are missing.
+
+Candidates are scored by a formula on their coefficients instead of by merging checkpoints, and only as fast as the test
+allows, so that a test can look at the page before and after each evaluation.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import migrations
+from api.app import create_app
+from api.server import make_server
+from api.settings import Settings
+from api.store.sql import SqlStore
+from api.views import JobView
+from optimizer.controller import Controller, ControllerConfig
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.geometry import make_layout
+from optimizer.ports import EvaluationPool, Failure, PoolFactory, Result, Task
+from optimizer.problem import Finding, Problem
+from optimizer.spec import JobSpec
+from tests.factories import make_problem, make_spec
+
+ITEMS = 60
+LAYERS = 6
+_NAMES = ("attention.query.weight", "mlp.up_proj.weight")
+
+
+def browser_spec(**changes: Any) -> JobSpec:
+    """Return a spec as a user would submit it: three experts, three objectives."""
+    experts = ("language", "polarity", "continent")
+    objectives = [
+        {
+            "name": name,
+            "evaluator": "text_classification",
+            "data": {"path": f"data/{name}", "split": "search"},
+            "metric": metric,
+            "head": name,
+        }
+        for name, metric in zip(experts, ("loss", "loss", "accuracy"), strict=True)
+    ]
+    data: dict[str, Any] = {
+        "name": "three word tasks",
+        "experts": [{"name": name, "path": f"models/{name}"} for name in experts],
+        "objectives": objectives,
+        "budget": {"evaluations": 40},
+    }
+    return make_spec(**(data | changes))
+
+
+def browser_problem(spec: JobSpec) -> Problem:
+    """Return a problem with an input group, `LAYERS` layers and an output group, and something in its report."""
+    names = ["embeddings.word_embeddings.weight", "final_norm.weight"]
+    names += [f"layers.{layer}.{name}" for layer in range(LAYERS) for name in _NAMES]
+    finding = Finding(
+        severity="info",
+        model="language",
+        message="has a head of its own, which is not merged",
+        tensors=["classifier.weight"],
+    )
+    layout = make_layout((name, (4, 4), "F32") for name in names)
+    return make_problem(spec).model_copy(update={"layout": layout, "findings": [finding]})
+
+
+def score(problem: Problem, recipe: Mapping[str, Any], index: int) -> dict[str, ItemScores]:
+    """Return per-item scores: each objective has an optimum of its own near its expert, so they conflict."""
+    means = np.array(recipe["root"]["coefficients"], dtype=np.float64).mean(axis=0)
+    rng = np.random.default_rng(index)
+    out = {}
+    for number, objective in enumerate(problem.objectives):
+        wanted = np.full(len(means), 0.4)
+        wanted[number % len(means)] = 0.8
+        distance = float(((means - wanted) ** 2).sum())
+        if objective.direction == "minimise":
+            values = 0.3 + distance + rng.gamma(2.0, 0.1, ITEMS)
+        else:
+            values = (rng.random(ITEMS) < 0.95 * np.exp(-distance)).astype(np.float64)
+        out[objective.name] = ItemScores(values.astype(np.float32))
+    return out
+
+
+class FormulaPool:
+    """Scores candidates by `score`, each as soon as there is a permit for it; every ``fail_every``-th fails."""
+
+    def __init__(self, problem: Problem, permits: threading.Semaphore, fail_every: int) -> None:
+        self._problem = problem
+        self._permits = permits
+        self._fail_every = fail_every
+        self._tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self._tasks.put(task)
+
+    def wait(self, timeout_s: float) -> list[Result]:
+        """Return one result if a permit comes within the time."""
+        if self._tasks.empty() or not self._permits.acquire(timeout=timeout_s):
+            return []
+        task = self._tasks.get()
+        seconds = {"merge": 0.02, "evaluate": 0.3}
+        if self._fail_every and task.index % self._fail_every == self._fail_every - 1:
+            failure = Failure("infeasible", "loss is nan: 3 of 60 items have no finite score")
+            return [Result(task.index, failure=failure, seconds=seconds, worker="formula")]
+        scores = score(self._problem, task.recipe, task.index)
+        return [Result(task.index, scores, seconds=seconds, worker="formula")]
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class FormulaPools:
+    """Makes pools that share the test's permits."""
+
+    def __init__(self, fail_every: int) -> None:
+        self.permits = threading.Semaphore(0)
+        self._fail_every = fail_every
+
+    def prepare(self, spec: JobSpec) -> Problem:
+        """Return the made-up problem."""
+        return browser_problem(spec)
+
+    def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
+        """Return a pool."""
+        return FormulaPool(problem, self.permits, self._fail_every)
+
+
+class Service:
+    """A running service.
+
+    Attributes:
+        store: behind it.
+        url: of the UI.
+        allow: lets the controller do this many more evaluations.
+    """
+
+    def __init__(self, store: SqlStore, settings: Settings, pools: FormulaPools, root: Path) -> None:
+        self.store = store
+        self.url = f"http://{settings.host}:{settings.port}/ui/"
+        self._pools = pools
+        self._root = root
+        self._stop = threading.Event()
+        self._controller = Controller(store, _as_factory(pools), ControllerConfig("controller", poll_s=0.05))
+
+    def allow(self, evaluations: int) -> None:
+        """Let the controller do this many more evaluations."""
+        self._pools.permits.release(evaluations)
+
+    def submit(self, **changes: Any) -> JobView:
+        """Submit a job past the UI."""
+        return self.store.create_job(browser_spec(**changes))[0]
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Run the controller and exports while the block runs."""
+        threads = [
+            threading.Thread(target=target, name=f"service-{n}")
+            for n, target in enumerate((self._controller.run_forever, self._export_forever))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._controller.stop()
+            for thread in threads:
+                thread.join()
+
+    def _export_forever(self) -> None:
+        while not self._stop.wait(0.05):
+            task = self.store.claim_export("exporter", 30)
+            if task is None:
+                continue
+            path = self._root / f"candidate-{task.candidate}"
+            for part in range(1, 5):
+                self.store.update_export(task, state="running", progress=part / 5, ttl_s=30)
+            self.store.update_export(task, state="completed", progress=1, ttl_s=30, path=str(path))
+
+
+def _as_factory(pools: FormulaPools) -> PoolFactory:
+    return pools
+
+
+@contextmanager
+def running_service(root: Path, fail_every: int = 0, port: int | None = None, **settings: Any) -> Iterator[Service]:
+    """Run a service on a free port while the block runs.
+
+    Args:
+        root: directory for its database.
+        fail_every: every how manieth candidate fails; 0 for none.
+        port: to listen on; a free one by default.
+        settings: that differ from the tests' defaults.
+    """
+    url = f"sqlite:///{root}/ui.db"
+    migrations.upgrade(url)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port or 0))
+        listener.listen(128)
+        made = Settings(
+            home=root, database_url=url, port=listener.getsockname()[1], poll_s=0.05, log_level="warning", **settings
+        )
+        store = SqlStore(url)
+        service = Service(store, made, FormulaPools(fail_every), root)
+        server = make_server(create_app(store, made, browser_problem), made)
+        thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
+        thread.start()
+        try:
+            with service.working():
+                yield service
+        finally:
+            server.should_exit = True
+            thread.join()
+            store.close()
