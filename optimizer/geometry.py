@@ -22,6 +22,8 @@ Role = Literal["shared", "head"]
 MODULE_KINDS: tuple[ModuleKind, ...] = get_args(ModuleKind)
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<number>\d+)\.")
+# What a model applies before its first layer.
+_INPUT = re.compile(r"embed|(^|\.)(pre_laye?rnorm|conv\d)(\.|$)", re.IGNORECASE)
 # Order matters: a norm inside an attention block is a norm, a position embedding is no attention.
 _KINDS: tuple[tuple[ModuleKind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(^|[._])ln(_|\d|\.|$)", re.IGNORECASE)),
@@ -109,7 +111,7 @@ def positions(names: Iterable[str]) -> tuple[dict[str, Position], int]:
         if name in matches:
             out[name] = offsets[matches[name]["stack"]] + int(matches[name]["number"])
         else:
-            out[name] = "input" if module_kind(name) == "embeddings" or "embed" in name.lower() else "output"
+            out[name] = "input" if module_kind(name) == "embeddings" or _INPUT.search(name) else "output"
     return out, total
 
 

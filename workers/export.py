@@ -241,14 +241,23 @@ def _new_directory(out: Path) -> Iterator[Path]:
             with path.open("rb+") as file:
                 _sync(file)
         _sync_directory(partial)
-        if os.path.lexists(out):  # renaming would replace an empty directory without a word
-            raise _exists(out)
-        partial.rename(out)
-        _sync_directory(out.parent)
+        _publish(partial, out)
     except OSError as error:
         raise _write_error(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, out: Path) -> None:
+    if os.path.lexists(out):  # renaming would replace an empty directory without a word
+        raise _exists(out)
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was faster
+            raise _exists(out) from error
+        raise
+    _sync_directory(out.parent)
 
 
 def _exists(out: Path) -> Conflict:
@@ -256,8 +265,6 @@ def _exists(out: Path) -> Conflict:
 
 
 def _write_error(out: Path, error: OSError) -> MergeoptError:
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was faster
-        return _exists(out)
     if error.errno in _FULL:
         return MergeoptError(
             f"{out.name} could not be written: no space is left; nothing was kept",

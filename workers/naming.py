@@ -40,7 +40,8 @@ def canonical_names(checkpoint: Checkpoint) -> dict[str, str]:
             name = name.replace(old, new)
         if name in out:
             raise InvalidCheckpoint(
-                f"{checkpoint.name} has both {out[name]!r} and {raw!r}, which are the same parameter"
+                f"{checkpoint.name} has both {out[name]!r} and {raw!r}, which are the same parameter",
+                field=_field(checkpoint),
             )
         out[name] = raw
     return out

@@ -70,7 +70,7 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
         path = roots.path(objective.data.path, f"{field}.data.path")
-        rows = load_rows(objective.data, path, field)
+        rows = load_rows(objective.data, path, f"{field}.data")
         evaluators.append(cls(options, rows, checkpoints[objective.head or "base"].path, field))
     return evaluators
 

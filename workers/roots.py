@@ -32,17 +32,17 @@ class Roots:
             PathNotAllowed: it leads outside every root, directly, by ``..`` or through a link.
             InvalidInput: nothing is there.
         """
-        inside = [real for real in self._candidates(text, field) if self._contains(real)]
-        if not inside:
-            raise PathNotAllowed(
-                f"{text!r} is outside the server's directories",
-                field=field,
-                remedy="use a path relative to one of the server's roots, or have the server's `roots` setting extended",
-            )
-        for real in inside:
-            if os.path.exists(real):  # noqa: PTH110 - Path.exists raises on a name that is too long
+        candidates = self._candidates(text, field)
+        for real in candidates:
+            if self._contains(real) and os.path.exists(real):  # noqa: PTH110 - Path.exists raises on very long names
                 return real
-        raise InvalidInput(f"{text!r} does not exist", field=field, remedy="check the spelling, or upload it first")
+        if all(self._contains(real) for real in candidates):
+            raise InvalidInput(f"{text!r} does not exist", field=field, remedy="check the spelling, or upload it first")
+        raise PathNotAllowed(
+            f"{text!r} is outside the server's directories",
+            field=field,
+            remedy="use a path relative to one of the server's roots, or have the server's `roots` setting extended",
+        )
 
     def resolve(self, ref: ModelRef, field: str) -> Path:
         """Return the local directory of a checkpoint, downloaded from the hub where it is a hub id.

@@ -127,12 +127,12 @@ def _candidates(
 
 
 def _pending_recipes(session: Session, job_id: str) -> dict[int, dict[str, Any]]:
-    rows = session.execute(
-        select(RecipeRow.index, RecipeRow.recipe)
+    rows = session.scalars(
+        select(RecipeRow)
         .join(CandidateRow, and_(CandidateRow.job_id == RecipeRow.job_id, CandidateRow.index == RecipeRow.index))
         .where(CandidateRow.job_id == job_id, CandidateRow.state == "pending")
     )
-    return dict(rows.tuples().all())
+    return {row.index: row.recipe for row in rows}
 
 
 def _evaluations(rows: Sequence[_Record]) -> dict[int, Evaluation]:

@@ -39,6 +39,7 @@ _FULL_UP_TO = 200
 _FULL_EVALUATIONS = 50
 _LARGEST_STD = 1 / 3
 _DISCRETE_STD = 0.2
+_SAME = 1e-6
 
 Vector = NDArray[np.float64]
 
@@ -112,6 +113,7 @@ class CmaEs(Algorithm):
         self._population = self._restarts.population
         self._strategy: Any = None
         self._generation: Generation | None = None
+        self._proposed: list[Genome] = []
         self._queue: list[Genome] = []
         self._foreign: list[Outcome] = []
         self._number = -1
@@ -145,8 +147,9 @@ class CmaEs(Algorithm):
         elif self._strategy.stop():
             self._population, sigma = self._restarts.next(self._random)
             self._start(self._random.random(self.context.space.dim), sigma)
-        self._queue = [self._cube.genome(vector) for vector in self._strategy.ask()]
-        self._generation = Generation(len(self._queue))
+        self._proposed = [self._cube.genome(vector) for vector in self._strategy.ask()]
+        self._queue = list(self._proposed)
+        self._generation = Generation(len(self._proposed))
         self._number += 1
 
     def _learn(self, outcomes: Sequence[Outcome]) -> None:
@@ -157,13 +160,25 @@ class CmaEs(Algorithm):
         self._foreign = []
         scores = self._scalariser.rank([*outcomes, *guests])
         own, foreign = scores[: len(outcomes)], scores[len(outcomes) :]
-        vectors = [self._cube.vector(outcome.genome) for outcome in outcomes]
+        vectors = [
+            self._vector(outcome.genome, proposed) for outcome, proposed in zip(outcomes, self._proposed, strict=True)
+        ]
         if len(guests) and foreign.min() < own.min():
-            # An outlier would tear the distribution apart; pycma shortens the step to a plausible one.
-            guest, worst = self._cube.vector(guests[int(foreign.argmin())].genome), int(own.argmax())
-            vectors[worst] = self._strategy.repair_genotype(guest, copy_if_changed=True)
+            worst = int(own.argmax())
+            vectors[worst] = self._vector(guests[int(foreign.argmin())].genome)
             own[worst] = foreign.min()
         self._strategy.tell(vectors, own.tolist(), check_points=False)
+
+    def _vector(self, genome: Genome, proposed: Genome | None = None) -> Vector:
+        """The strategy's coordinates of a genome.
+
+        One that the strategy did not draw could tear the distribution apart: pycma then shortens the step to a plausible
+        length. Its own samples may be long; on another kind of CPU they only differ in their last bits.
+        """
+        vector = self._cube.vector(genome)
+        if proposed is not None and np.abs(self._cube.unit(genome) - self._cube.unit(proposed)).max() < _SAME:
+            return vector
+        return np.asarray(self._strategy.repair_genotype(vector, copy_if_changed=True), dtype=np.float64)
 
     def _first_mean(self) -> Vector:
         """Return the weighted mean of the better half of the warm starts, or the context's start where none is known."""

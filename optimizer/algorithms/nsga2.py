@@ -16,7 +16,7 @@ from optimizer.spec import Strict
 
 _LARGEST_DEFAULT = 100
 _SMALLEST_DEFAULT = 12
-_GENERATIONS = 30
+_GENERATIONS = 60
 _JITTER = 0.1
 
 Vector = NDArray[np.float64]
@@ -147,7 +147,7 @@ class Nsga2(Algorithm):
 class _Variation:
     """Simulated binary crossover and polynomial mutation, bounded (Deb and Agrawal 1995; Deb and Goyal 1996).
 
-    Integers and choices are exchanged by crossover. An integer mutates by at least one; a choice is drawn anew.
+    Integers and choices are exchanged by crossover. An integer mutates by at least one, a choice to any other.
     """
 
     def __init__(self, space: SearchSpace, options: Any, random: np.random.Generator) -> None:
@@ -219,7 +219,9 @@ class _Variation:
         right = 1 - (2 * (1 - u) + (2 * u - 1) * up**power) ** (1 / power)
         moved = genome + span * np.where(u < 0.5, left, right)
         moved = np.where(self._integer, self._step(genome, moved), moved)
-        moved = np.where(self._choice, low + self._random.random(len(genome)) * span, moved)
+        # Another choice: one to all but one cells further, around the corner.
+        turn = 1 + np.floor(self._random.random(len(genome)) * (span - 1))
+        moved = np.where(self._choice, (genome + turn) % span, moved)
         return self.repair(np.where(mask, moved, genome))
 
     def _step(self, genome: Genome, moved: Genome) -> Genome:

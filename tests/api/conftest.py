@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 from api.app import create_app
 from api.client import Client
+from api.context import Context
 from api.server import make_server
 from api.settings import Settings
 from api.store.sql import SqlStore
@@ -46,14 +48,12 @@ class Service:
 
     Attributes:
         url: where it is.
-        store: what it serves.
-        settings: what it was made with.
+        app: what it serves.
         stop: ends it.
     """
 
     url: str
-    store: SqlStore
-    settings: Settings
+    app: FastAPI
     stop: Callable[[], None]
 
     @contextmanager
@@ -63,13 +63,11 @@ class Service:
             yield client
 
 
-Serve = Callable[..., AbstractContextManager[Service]]
-
-
 @contextmanager
 def running(store: SqlStore, settings: Settings, port: int = 0) -> Iterator[Service]:
     """Serve ``store`` until the block ends."""
-    server = make_server(create_app(store, settings, inspect_spec), settings)
+    app = create_app(store, settings, inspect_spec)
+    server = make_server(app, settings)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
@@ -86,7 +84,7 @@ def running(store: SqlStore, settings: Settings, port: int = 0) -> Iterator[Serv
                 assert thread.is_alive(), "the server ended"
                 assert time.monotonic() < deadline, "the server does not start"
                 time.sleep(0.005)
-            yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", store, settings, stop)
+            yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", app, stop)
         finally:
             stop()
 
@@ -105,11 +103,21 @@ def settings(sqlite_url: str, tmp_path: Path) -> Settings:
     return Settings(home=tmp_path, database_url=sqlite_url, poll_s=0.02)
 
 
-@pytest.fixture
-def service(store: SqlStore, settings: Settings) -> Iterator[Service]:
-    """A running server over a fresh store."""
-    with running(store, settings) as service:
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One server for all tests; what it serves changes with each of them."""
+    home = tmp_path_factory.mktemp("server")
+    store = SqlStore(f"sqlite:///{home}/unused.db")
+    with running(store, Settings(home=home)) as service:
         yield service
+    store.close()
+
+
+@pytest.fixture
+def service(server: Service, store: SqlStore, settings: Settings) -> Service:
+    """A running server over a fresh store."""
+    server.app.state.context = Context(store, settings, inspect_spec)
+    return server
 
 
 @pytest.fixture

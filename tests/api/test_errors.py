@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -128,7 +129,7 @@ def test_unknown_ids(method: str, path: str, raw: httpx.Client) -> None:
 
 @pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if "{job_id}" in route[1]])
 def test_malformed_ids(method: str, path: str, raw: httpx.Client) -> None:
-    body = {} if (method, path) in WITH_BODY else None
+    body: dict[str, Any] | None = {} if (method, path) in WITH_BODY else None
     error = check_error(raw.request(method, path.format(job_id="no id!", index="-1"), json=body), 422, "invalid_input")
     assert "job_id" in [problem["field"] for problem in error.problems]
 

@@ -10,7 +10,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,23 @@ class Service:
         """Let the controller do this many more evaluations."""
         self._pools.permits.release(evaluations)
 
+    @contextmanager
+    def steady(self, every_s: float = 0.05) -> Iterator[None]:
+        """Allow one more evaluation every now and then while the block runs."""
+        done = threading.Event()
+
+        def allow() -> None:
+            while not done.wait(every_s):
+                self.allow(1)
+
+        thread = threading.Thread(target=allow, name="steady")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
     def submit(self, **changes: Any) -> JobView:
         """Submit a job past the UI."""
         return self.store.create_job(browser_spec(**changes))[0]
@@ -191,20 +208,23 @@ def _as_factory(pools: FormulaPools) -> PoolFactory:
 
 
 @contextmanager
-def running_service(root: Path, fail_every: int = 0, port: int | None = None, **settings: Any) -> Iterator[Service]:
-    """Run a service on a free port while the block runs.
+def running_service(
+    root: Path, *, fail_every: int = 0, work: bool = True, port: int = 0, **settings: Any
+) -> Iterator[Service]:
+    """Run a service while the block runs.
 
     Args:
-        root: directory for its database.
+        root: directory for its database, ``ui.db``.
         fail_every: every how manieth candidate fails; 0 for none.
-        port: to listen on; a free one by default.
+        work: whether a controller runs jobs.
+        port: to listen on; 0 takes a free one.
         settings: that differ from the tests' defaults.
     """
     url = f"sqlite:///{root}/ui.db"
     migrations.upgrade(url)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port or 0))
+        listener.bind(("127.0.0.1", port))
         listener.listen(128)
         made = Settings(
             home=root, database_url=url, port=listener.getsockname()[1], poll_s=0.05, log_level="warning", **settings
@@ -215,7 +235,7 @@ def running_service(root: Path, fail_every: int = 0, port: int | None = None, **
         thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
         thread.start()
         try:
-            with service.working():
+            with service.working() if work else nullcontext():
                 yield service
         finally:
             server.should_exit = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import get_args
 
 import nevergrad  # noqa: F401  its import draws from the global generator, once
@@ -11,8 +12,9 @@ import pytest
 
 from optimizer.algorithms import ALGORITHMS, Outcome
 from optimizer.algorithms.base import parse_options
-from optimizer.algorithms.nevergrad_search import OptimizerName
+from optimizer.algorithms.nevergrad_search import Nevergrad, OptimizerName
 from optimizer.errors import InvalidInput
+from optimizer.space import Genome
 from optimizer.spec import AlgorithmSpec
 from tests.optimizer.algorithms.driving import (
     Case,
@@ -31,13 +33,14 @@ from tests.optimizer.algorithms.driving import (
     troubled,
 )
 
+DEFAULT_OPTIMIZER = Nevergrad.Options().optimizer
 DEFAULTS = [Case(name) for name in ALGORITHMS]
 VARIANTS = [
     Case("cma_es", {"covariance": "full"}),
     Case("cma_es", {"covariance": "diagonal", "restarts": "bipop", "population": 5}),
     Case("cma_es", {"scalarisation": "tchebycheff", "normalise": False}),
     Case("nsga2", {"population": 7}),
-    *(Case("nevergrad", {"optimizer": name}) for name in get_args(OptimizerName)),
+    *(Case("nevergrad", {"optimizer": name}) for name in get_args(OptimizerName) if name != DEFAULT_OPTIMIZER),
 ]
 CASES = [*DEFAULTS, *VARIANTS]
 
@@ -46,7 +49,7 @@ every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def global_generators_untouched() -> object:
+def global_generators_untouched() -> Iterator[None]:
     """Whatever a test here does, numpy's and Python's global generators stay as they were."""
     before = np.random.get_state(legacy=False), random.getstate()
     yield
@@ -78,8 +81,7 @@ def test_unknown_name_lists_what_exists() -> None:
     assert caught.value.field == "algorithm.name"
 
 
-@pytest.mark.parametrize("parallel", [1, 7, 64])
-@pytest.mark.parametrize("dim", [1, 2, 35])
+@pytest.mark.parametrize(("dim", "parallel"), [(1, 1), (2, 7), (35, 1), (35, 64)])
 @every_case
 def test_survives_every_kind_of_outcome_and_replays(case: Case, dim: int, parallel: int) -> None:
     space = reals(dim)
@@ -96,7 +98,7 @@ def test_replays_at_every_prefix(case: Case) -> None:
     space = reals(3)
     context = make_context(space, parallel=3)
     log = drive(case.make(context), clean(smooth(space)), 40, foreign=[space.low, context.start], every=9)
-    for end in range(len(log)):
+    for end in range(0, len(log), 4):
         replay(case.make(context), log[: end + 1])
 
 
@@ -109,7 +111,7 @@ def test_many_proposals_are_those_asked_one_by_one(case: Case) -> None:
     assert same(together, one_by_one)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("count", [1, 3, 16, 64])
 @every_case
 def test_proposes_in_batches_of_any_size(case: Case, count: int) -> None:
     space = reals(4)
@@ -144,7 +146,7 @@ def test_a_generation_under_way_waits_without_a_trace(case: Case) -> None:
     losses = smooth(space)
     batch = algorithm.ask(algorithm.batch_size)
     if algorithm.ask(1):
-        pytest.skip("never waits")
+        return  # it never waits
     other = case.make(make_context(space))
     other.ask(other.batch_size)
     for index, proposal in enumerate(batch):
@@ -186,7 +188,7 @@ def test_recovers_from_a_long_run_of_failures(case: Case, trouble: str) -> None:
     space = reals(3)
     losses = smooth(space)
 
-    def evaluate(index: int, genome: np.ndarray[tuple[int], np.dtype[np.float64]], own: bool) -> Outcome:
+    def evaluate(index: int, genome: Genome, own: bool) -> Outcome:
         if index >= 100:
             return Outcome(index, genome, losses(genome), own=own)
         values = {"failed": None, "nan": np.array([np.nan]), "violating": losses(genome)}[trouble]
@@ -222,7 +224,7 @@ def test_recorded_genomes_that_are_not_its_own_are_taken_in(case: Case) -> None:
     losses = smooth(space)
     other = np.random.Generator(np.random.PCG64(1))
 
-    def evaluate(index: int, genome: np.ndarray[tuple[int], np.dtype[np.float64]], own: bool) -> Outcome:
+    def evaluate(index: int, genome: Genome, own: bool) -> Outcome:
         recorded = space.clip(genome + other.normal(scale=0.2, size=genome.shape))
         return Outcome(index, recorded, losses(recorded), own=own)
 
@@ -278,11 +280,9 @@ def test_integers_and_choices(case: Case) -> None:
     replay(case.make(context), log)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "random"], ids=str)
 def test_beats_random_search(case: Case) -> None:
     space = reals(10)
-    if case.name == "random":
-        pytest.skip("it is random search")
 
     def median(case: Case) -> float:
         return float(
@@ -297,7 +297,7 @@ def test_beats_random_search(case: Case) -> None:
     assert median(case) < 0.7 * median(Case("random"))
 
 
-def assert_inside(log: Log, low: np.ndarray, high: np.ndarray) -> None:  # type: ignore[type-arg]
+def assert_inside(log: Log, low: Genome, high: Genome) -> None:
     genomes = np.array([proposal.genome for proposal in proposals_of(log)])
     assert np.isfinite(genomes).all()
     assert (genomes >= low).all() and (genomes <= high).all()

@@ -223,6 +223,17 @@ def test_an_incomplete_checkpoint_is_refused(name: str, missing: str, checkpoint
 
 
 @every_evaluator
+def test_standard_output_and_error_stay_empty(
+    name: str, checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES[name]
+    model = open_model(name, checkpoint(name))
+    capfd.readouterr()
+    build(name, checkpoint(name), case.rows, **case.options).evaluate(model)
+    assert capfd.readouterr() == ("", "")
+
+
+@every_evaluator
 def test_options_and_columns_are_described(name: str, checkpoint: Checkpoint) -> None:
     cls = EVALUATORS[name]
     info = cls.info()

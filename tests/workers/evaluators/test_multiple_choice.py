@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from optimizer.errors import InvalidData
@@ -103,6 +105,27 @@ def test_likely_choices_have_low_loss(bpe: Path) -> None:
         assert scores["accuracy"].values.sum() == scores["accuracy_norm"].values.sum() == 1
         assert scores["accuracy"].values.argmax() == scores["loss"].values.argmin()
         assert np.exp(-scores["loss"].values.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_logits_only_where_choices_are_scored(supported: bool, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(NAME, bpe)
+    rows: list[Row] = [{"question": "the cat " * n, "choices": ["yes", "no it is"], "answer": 1} for n in (4, 6, 8)]
+    expected = [build(NAME, bpe, [row]).evaluate(model)["loss"].values[0] for row in rows]
+    forward = model.forward
+    shapes: list[tuple[int, int]] = []
+
+    def recorded(input_ids: Tensor, logits_to_keep: int = 0, **inputs: Any) -> Any:
+        out = forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **inputs)
+        shapes.append((input_ids.shape[1], out.logits.shape[1]))
+        return out
+
+    def older(input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return recorded(input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(model, "forward", recorded if supported else older)
+    np.testing.assert_allclose(build(NAME, bpe, rows).evaluate(model)["loss"].values, expected, rtol=1e-4)
+    assert all((logits < tokens) == supported for tokens, logits in shapes)
 
 
 def test_csv_with_choices_as_json(bpe: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,16 +218,3 @@ def test_rows_from_a_file_with_other_column_names(bert: Path, tmp_path: Path) ->
     model = open_model(NAME, bert)
     few = build(NAME, bert, rows).evaluate(model)["loss"].values
     np.testing.assert_allclose(few, build(NAME, bert, ROWS).evaluate(model)["loss"].values[:4], atol=1e-5)
-
-
-def test_nothing_is_written_to_standard_error(
-    checkpoint: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("text_classification", "image_classification", "causal_lm", "multiple_choice"):
-        from tests.workers.evaluators.cases import CASES
-
-        model = open_model(name, checkpoint(name))
-        capfd.readouterr()
-        build(name, checkpoint(name), CASES[name].rows, **CASES[name].options).evaluate(model)
-        captured = capfd.readouterr()
-        assert (captured.out, captured.err) == ("", ""), name

@@ -6,7 +6,7 @@ import { button, h, uid } from "./dom.js";
  * Open a dialog with a form and resolve to what `onSubmit` returns, or null when it is dismissed.
  * While `onSubmit` runs the submit button is busy; an error it throws shows in the dialog, which stays open.
  */
-export function openDialog({ title, body, submit, danger = false, onSubmit, onError }) {
+export function openDialog({ title, body, submit, dismiss = "Cancel", danger = false, onSubmit }) {
   return new Promise((resolve) => {
     const id = uid("dialog");
     const message = h("p", { class: "notice", "data-tone": "bad", role: "alert", hidden: true });
@@ -18,7 +18,7 @@ export function openDialog({ title, body, submit, danger = false, onSubmit, onEr
       h("h2", { id }, title),
       body,
       message,
-      h("div", { class: "actions" }, button("Cancel", () => dialog.close()), confirm),
+      h("div", { class: "actions" }, button(dismiss, () => dialog.close()), confirm),
     );
     const dialog = h("dialog", { "aria-labelledby": id }, form);
     form.addEventListener("submit", async (event) => {
@@ -30,10 +30,8 @@ export function openDialog({ title, body, submit, danger = false, onSubmit, onEr
         result = await onSubmit();
         dialog.close();
       } catch (error) {
-        if (!onError?.(error)) {
-          message.textContent = [error.message, error.remedy].filter(Boolean).join(" ");
-          message.hidden = false;
-        }
+        message.textContent = [error.message, error.remedy].filter(Boolean).join(" ");
+        message.hidden = false;
       } finally {
         confirm.removeAttribute("aria-busy");
       }
@@ -48,8 +46,8 @@ export function openDialog({ title, body, submit, danger = false, onSubmit, onEr
 }
 
 /** Ask whether to go on. */
-export function confirmDialog(title, text, submit, onSubmit, danger = true) {
-  return openDialog({ title, body: h("p", { class: "muted" }, text), submit, danger, onSubmit: async () => (await onSubmit()) ?? true });
+export function confirmDialog(title, text, submit, onSubmit) {
+  return openDialog({ title, body: h("p", { class: "muted" }, text), submit, dismiss: "Keep it", danger: true, onSubmit });
 }
 
 /** Ask for the access token; resolves to null when the user gives up. */

@@ -20,9 +20,10 @@ export function plural(value, word) {
   return `${count(value)} ${word}${value === 1 ? "" : "s"}`;
 }
 
-/** Seconds as "0.8 s", "12 s", "3 min 04 s", "2 h 10 min". */
+/** Seconds as "20 ms", "0.8 s", "12 s", "3 min 04 s", "2 h 10 min". */
 export function duration(seconds) {
   if (!(seconds >= 0)) return "–";
+  if (seconds > 0 && seconds < 0.1) return `${Math.ceil(1000 * seconds)} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 60) return `${Math.floor(seconds)} s`;
   const whole = Math.floor(seconds);

@@ -10,7 +10,7 @@ const MODES = [["coefficients", "Coefficients"], ["genome", "Genome"], ["recipe"
 
 function numbers(text, what) {
   const parts = text.replace(/^\[|\]$/g, "").split(/[\s,;]+/).filter(Boolean).map(Number);
-  if (!parts.length || parts.some((part) => !Number.isFinite(part))) throw Object.assign(new Error(`${what}: enter numbers, separated by commas.`), { field: what });
+  if (!parts.length || parts.some((part) => !Number.isFinite(part))) throw new Error(`${what}: enter numbers, separated by commas.`);
   return parts;
 }
 
@@ -41,7 +41,9 @@ export function enqueueDialog(model) {
     const candidate = await model.candidate(model.selected);
     const [table] = tables(model.job, candidate.recipe);
     table?.columns.forEach((name, i) => {
-      if (columns.has(name)) columns.get(name).value = table.values.map((row) => Number(row[i].toFixed(4))).join(", ");
+      const values = table.values.map((row) => Number(row[i].toFixed(4)));
+      const constant = values.every((value) => value === values[0]);
+      if (columns.has(name)) columns.get(name).value = constant ? values[0] : values.join(", ");
     });
     genome.value = candidate.genome?.join(", ") ?? "";
     recipe.value = JSON.stringify(candidate.recipe, null, 2);

@@ -22,7 +22,7 @@ export function frontPlot(model, page) {
     h("label", null, "y", select(options(false), String(state.y), choose("y"), { "aria-label": "Objective on the y axis" })),
   ];
   const node = card("Pareto front", tools, legend(), plot);
-  const draw = drawing(plot, page, () => figure(model, state), (point) => model.select(point.customdata));
+  const draw = drawing(plot, page, () => figure(model, state, { width: plot.clientWidth - 80, height: plot.clientHeight - 60 }), (point) => model.select(point.customdata));
   const update = () => {
     plot.setAttribute("aria-label", describe(model));
     draw();
@@ -54,7 +54,7 @@ function legend() {
 const isShown = (axes) => (point) => axes.every((key) => key === NUMBER || Number.isFinite(point.values[key]));
 const coordinate = (point, key) => (key === NUMBER ? point.index : point.values[key]);
 
-function figure(model, { x, y }) {
+function figure(model, { x, y }, size) {
   const { front } = model;
   const shown = isShown([x, y]);
   const trace = (points, extra) => ({
@@ -78,7 +78,7 @@ function figure(model, { x, y }) {
     trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),
     staircase(model, front.front.filter(shown), x, y),
     trace(best, { marker: { size: 9, color: token("--plot-front"), line: { width: 1, color: token("--surface") } } }),
-    trace(baselines, baselineStyle(baselines, labelPlaces(model, baselines, [x, y]))),
+    trace(baselines, baselineStyle(baselines, labelPlaces(model, baselines, [x, y], size))),
     trace(selectedPoint(model, shown), {
       marker: { size: 17, symbol: "circle-open", color: token("--plot-selected"), line: { width: 2.5 } },
       hoverinfo: "skip",
@@ -111,11 +111,11 @@ function hover(model, point) {
 const SYMBOLS = { base: "square", uniform: "star" };
 
 const PLACES = { "top center": [0, -1], "bottom center": [0, 1], "middle right": [1, 0], "middle left": [-1, 0], "top right": [1, -1], "bottom left": [-1, 1], "bottom right": [1, 1], "top left": [-1, -1] };
-const LETTER = 0.0095; // width of a letter and height of a line, as fractions of the plot
-const LINE = 0.042;
+const LETTER = 7.2; // pixels
+const LINE = 16;
 
 /** Choose for each label the first place around its point where it covers no other label. */
-function labelPlaces({ front }, points, axes) {
+function labelPlaces({ front }, points, axes, size) {
   const all = [...front.front, ...front.baselines, ...front.dominated];
   const scales = axes.map((key) => {
     const values = all.map((point) => coordinate(point, key)).filter(Number.isFinite);
@@ -127,9 +127,10 @@ function labelPlaces({ front }, points, axes) {
   return points.map((point) => {
     const [x, y] = [scales[0](point), 1 - scales[1](point)];
     const width = LETTER * (point.label ?? "#00").length;
-    const box = ([dx, dy]) => ({ x: x + (dx * (width + 0.02)) / 2, y: y + dy * 1.1 * LINE, width });
+    const box = ([dx, dy]) => ({ x: x * size.width + (dx * (width + LINE)) / 2, y: y * size.height + 1.1 * dy * LINE, width });
+    const inside = ({ x: cx, width: w }) => cx + w / 2 < 1.04 * size.width;
     const free = ({ x: cx, y: cy, width: w }) => taken.every((other) => Math.abs(other.x - cx) > (other.width + w) / 2 || Math.abs(other.y - cy) > LINE);
-    const [place, offset] = Object.entries(PLACES).find(([, one]) => free(box(one))) ?? ["top center", [0, -1]];
+    const [place, offset] = Object.entries(PLACES).find(([, one]) => free(box(one)) && inside(box(one))) ?? ["top center", [0, -1]];
     taken.push(box(offset));
     return place;
   });

@@ -96,8 +96,8 @@ function showButtons(buttons, job) {
 
 function statistics(model) {
   const tile = (name, extra) => {
-    const value = h("dd");
-    return { value, node: h("div", { class: "stat" }, h("dt", null, name), value, extra) };
+    const value = h("span");
+    return { value, node: h("div", { class: "stat" }, h("dt", null, name), h("dd", null, value, extra)) };
   };
   const fill = h("span");
   const bar = h("div", { class: "bar", role: "progressbar", "aria-label": "Evaluations of the budget", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);

@@ -1,0 +1,869 @@
+"""Every rule of `optimizer.ports.RunStore` and `api.store.ports.JobStore`, on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import func, select
+
+from api.store.models import Base, ItemScoresRow
+from api.store.ports import JobStore
+from api.store.sql import SqlStore
+from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
+from optimizer.fitness.aggregate import to_losses
+from optimizer.pareto import front_mask
+from optimizer.ports import Evaluation, Failure, Lease, RunStore
+from optimizer.spec import CandidateInput
+from tests.api.store.helpers import (
+    SPACE,
+    SPEC,
+    TTL,
+    candidate,
+    claimed,
+    everything,
+    failed,
+    items,
+    propose,
+    repeat,
+    scored,
+    started,
+    walk,
+)
+from tests.factories import make_problem, make_spec
+
+PROBLEM = make_problem(SPEC)
+# Data may stay between the examples of one test: every example makes a job of its own.
+shared_store = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def test_one_object_is_both_stores(store: SqlStore) -> None:
+    controller_side: RunStore = store
+    api_side: JobStore = store
+    assert controller_side.claim("one", TTL) is None
+    assert api_side.list_jobs().items == []
+
+
+class TestJobs:
+    def test_a_new_job_waits(self, store: SqlStore) -> None:
+        view, created = store.create_job(SPEC)
+        assert created
+        assert (view.state, view.requested, view.progress.budget) == ("queued", "run", 20)
+        assert view.spec == SPEC.model_dump(mode="json")
+        assert [o.direction for o in view.objectives] == ["maximise", "minimise"]
+        assert view.best == [None, None]
+        assert store.get_job(view.id) == view
+
+    def test_space_is_shown_once_known(self, store: SqlStore) -> None:
+        spec = make_spec(merge={"options": {"density": {"choices": [0.5, 0.9]}}})
+        job, _ = store.create_job(spec)
+        assert (job.groups, job.columns, job.variables) == ([], [], [])
+        view = store.get_job(started(store, spec).job_id)
+        assert [group.label for group in view.groups] == ["layer 0", "layer 1", "layer 2", "layer 3"]
+        assert view.columns == ["language", "polarity"]
+        assert len(view.variables) == 9
+        assert view.variables[-1] == {"name": "density", "low": 0, "high": 2, "kind": "choice", "choices": [0.5, 0.9]}
+
+    def test_resolved_objectives_are_shown(self, store: SqlStore) -> None:
+        spec = make_spec(objectives=[{"name": "o", "evaluator": "e", "data": {"path": "d"}}])
+        job, _ = store.create_job(spec)
+        assert (job.objectives[0].metric, job.objectives[0].direction) == (None, None)
+        shown = store.get_job(started(store, spec).job_id).objectives[0]
+        assert (shown.evaluator, shown.metric, shown.direction) == ("e", "loss", "minimise")
+
+    def test_idempotency_key(self, store: SqlStore) -> None:
+        first, _ = store.create_job(SPEC, "key")
+        again, created = store.create_job(make_spec(), "key")
+        assert (again.id, created) == (first.id, False)
+        with pytest.raises(Conflict, match="different spec"):
+            store.create_job(make_spec(seed=2), "key")
+        assert len(store.list_jobs().items) == 1
+        assert store.create_job(SPEC, "other")[1]
+
+    def test_clones_know_where_they_come_from(self, store: SqlStore) -> None:
+        original, _ = store.create_job(SPEC)
+        clone, _ = store.create_job(SPEC, cloned_from=original.id)
+        assert clone.cloned_from == original.id
+        store.delete_job(original.id)
+        assert store.get_job(clone.id).cloned_from is None
+        with pytest.raises(NotFound):
+            store.create_job(SPEC, cloned_from=original.id)
+
+    def test_list_newest_first_with_filters(self, store: SqlStore) -> None:
+        ids = [store.create_job(make_spec(name=name))[0].id for name in ("alpha", "50%_beta", "Alphabet")]
+        assert [job.id for job in store.list_jobs().items] == ids[::-1]
+        assert [job.id for job in store.list_jobs(name="alph").items] == [ids[2], ids[0]]
+        assert [job.id for job in store.list_jobs(name="%_").items] == [ids[1]]
+        store.request(ids[0], "pause")
+        assert [job.id for job in store.list_jobs(state="paused").items] == [ids[0]]
+        assert [job.id for job in store.list_jobs(state="queued", name="alph").items] == [ids[2]]
+
+    def test_list_cursor_is_stable_under_inserts(self, store: SqlStore) -> None:
+        ids = [store.create_job(SPEC)[0].id for _ in range(5)]
+        first = store.list_jobs(limit=2)
+        store.create_job(SPEC)
+        second = store.list_jobs(limit=2, cursor=first.next_cursor)
+        third = store.list_jobs(limit=2, cursor=second.next_cursor)
+        assert [job.id for page in (first, second, third) for job in page.items] == ids[::-1]
+        assert third.next_cursor is None
+
+    def test_unknown_ids(self, store: SqlStore) -> None:
+        calls: list[Callable[[], object]] = [
+            lambda: store.get_job("none"),
+            lambda: store.request("none", "run"),
+            lambda: store.delete_job("none"),
+            lambda: store.list_candidates("none"),
+            lambda: store.get_candidate("none", 0),
+            lambda: store.front("none"),
+            lambda: store.progression("none"),
+            lambda: store.enqueue("none", CandidateInput(genome=[0.0])),
+            lambda: store.events("none", 0),
+            lambda: store.create_export("none", 0, None),
+            lambda: store.list_exports("none"),
+            lambda: store.get_export("none"),
+            lambda: store.delete_token(1),
+        ]
+        for call in calls:
+            with pytest.raises(NotFound):
+                call()
+
+    def test_what_the_database_cannot_hold_is_the_callers_mistake(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        with pytest.raises((InvalidInput, NotFound)):
+            store.get_candidate(job.id, 10**30)
+        with pytest.raises((InvalidInput, NotFound)):
+            store.get_job("\0")
+
+
+class TestRequests:
+    def test_a_queued_job_pauses_and_resumes_at_once(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        assert store.request(job.id, "pause").state == "paused"
+        assert store.claim("one", TTL) is None
+        assert store.request(job.id, "run").state == "queued"
+        assert claimed(store).job_id == job.id
+
+    def test_cancel_takes_pending_candidates_along(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 2)
+        store.add_candidates(lease, [repeat(candidate(1), 2)])
+        store.add_evaluation(lease, scored(0, [0.5, 0.5]))
+        store.request(lease.job_id, "pause")
+        store.set_state(lease, "paused")
+        view = store.request(lease.job_id, "cancel")
+        assert view.state == "cancelled"
+        assert view.finished_at is not None
+        page = store.list_candidates(lease.job_id)
+        assert [item.state for item in page.items] == ["completed", "cancelled", "cancelled"]
+
+    def test_a_held_job_is_only_asked(self, store: SqlStore) -> None:
+        lease = started(store)
+        for request in ("pause", "run", "cancel"):
+            view = store.request(lease.job_id, request)
+            assert (view.state, view.requested) == ("running", request)
+            assert store.renew(lease, TTL, 1.0) == request
+
+    def test_a_claimed_job_that_has_not_started_is_held(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        lease = claimed(store)
+        assert store.request(job.id, "pause").state == "queued"
+        assert store.renew(lease, TTL, 0.0) == "pause"
+
+    @pytest.mark.parametrize(("request_", "state"), [("pause", "paused"), ("cancel", "cancelled")])
+    def test_without_a_live_lease_it_takes_effect_at_once(self, store: SqlStore, request_: Any, state: str) -> None:
+        lease = started(store)
+        store.renew(lease, 0, 1.0)
+        assert store.request(lease.job_id, request_).state == state
+        with pytest.raises(LeaseLost):  # the controller may come back
+            store.renew(lease, TTL, 2.0)
+
+    @pytest.mark.parametrize("state", ["completed", "cancelled", "failed"])
+    def test_an_ended_job_cannot_be_steered(self, store: SqlStore, state: Any) -> None:
+        lease = started(store)
+        store.set_state(lease, state, "because")
+        for request in ("pause", "cancel", *(["run"] if state != "failed" else [])):
+            with pytest.raises(Conflict) as caught:
+                store.request(lease.job_id, request)  # type: ignore[arg-type]
+            assert caught.value.remedy == "clone it"
+        assert store.get_job(lease.job_id).reason == "because"
+
+    def test_a_failed_job_may_run_again(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 1)
+        store.set_state(lease, "failed", "a checkpoint is gone")
+        view = store.request(lease.job_id, "run")
+        assert (view.state, view.reason, view.finished_at) == ("queued", None, None)
+        again = claimed(store)
+        store.start(again, PROBLEM)
+        assert store.add_evaluation(again, scored(0, [1.0, 1.0]))
+
+
+class TestLeases:
+    def test_oldest_first_and_each_once(self, store: SqlStore) -> None:
+        ids = [store.create_job(SPEC)[0].id for _ in range(3)]
+        assert [claimed(store).job_id for _ in ids] == ids
+        assert store.claim("one", TTL) is None
+
+    def test_a_certain_job_or_none(self, store: SqlStore) -> None:
+        ids = [store.create_job(SPEC)[0].id for _ in range(2)]
+        assert claimed(store, ids[1]).job_id == ids[1]
+        assert store.claim("one", TTL, ids[1]) is None
+        assert store.claim("one", TTL, "none") is None
+
+    def test_an_expired_lease_is_taken_over(self, store: SqlStore) -> None:
+        first = started(store)
+        store.renew(first, 0, 3.0)
+        second = claimed(store, owner="two")
+        assert (second.job_id, second.owner) == (first.job_id, "two")
+        assert second.token > first.token
+        assert store.get_job(first.job_id).state == "running"
+        assert store.load(second).elapsed_s == 3.0
+
+    def test_an_expired_lease_that_nobody_took_still_writes(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.renew(lease, 0, 1.0)
+        propose(store, lease, 1)
+        assert store.renew(lease, TTL, 2.0) == "run"
+        assert store.claim("two", TTL) is None
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda store, lease: store.renew(lease, TTL, 9.0),
+            lambda store, lease: store.load(lease),
+            lambda store, lease: store.start(lease, PROBLEM),
+            lambda store, lease: store.enqueued(lease),
+            lambda store, lease: store.add_candidates(lease, [candidate(1)], [1]),
+            lambda store, lease: store.reject_enqueued(lease, 1, Failure("invalid_input", "too long")),
+            lambda store, lease: store.add_evaluation(lease, scored(0, [0.5, 0.5])),
+            lambda store, lease: store.set_state(lease, "completed"),
+            lambda store, lease: store.release(lease),
+        ],
+    )
+    @pytest.mark.parametrize("loss", ["taken over", "released", "deleted"])
+    def test_fencing(self, store: SqlStore, write: Callable[[SqlStore, Lease], object], loss: str) -> None:
+        stale = started(store)
+        propose(store, stale, 1)
+        store.enqueue(stale.job_id, CandidateInput(genome=[0.0]))
+        if loss == "taken over":
+            store.renew(stale, 0, 1.0)
+            claimed(store, owner="two")
+        elif loss == "released":
+            store.release(stale)
+        else:
+            store.set_state(stale, "cancelled")
+            store.delete_job(stale.job_id)
+        before = None if loss == "deleted" else everything(store, stale.job_id)
+        with pytest.raises(LeaseLost):
+            write(store, stale)
+        assert before is None or everything(store, stale.job_id) == before
+
+    def test_release_lets_another_go_on_at_once(self, store: SqlStore) -> None:
+        first = started(store)
+        store.release(first)
+        assert store.get_job(first.job_id).state == "running"
+        assert claimed(store, owner="two").token > first.token
+
+    @pytest.mark.parametrize("state", ["paused", "completed", "failed", "cancelled"])
+    def test_a_job_that_stops_gives_up_its_lease(self, store: SqlStore, state: Any) -> None:
+        lease = started(store)
+        store.request(lease.job_id, "pause")
+        store.set_state(lease, state, "why")
+        view = store.get_job(lease.job_id)
+        assert (view.state, view.reason, view.finished_at is not None) == (state, "why", state != "paused")
+        with pytest.raises(LeaseLost):
+            store.renew(lease, TTL, 1.0)
+        assert store.claim("two", TTL) is None
+
+    def test_run_requested_while_pausing_is_not_forgotten(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.request(lease.job_id, "pause")
+        store.request(lease.job_id, "run")
+        store.set_state(lease, "paused")  # the controller had read `pause` already
+        assert claimed(store, owner="two").job_id == lease.job_id
+
+    def test_start_keeps_the_first_problem_and_start_time(self, store: SqlStore) -> None:
+        lease = started(store)
+        began = store.get_job(lease.job_id).started_at
+        store.release(lease)
+        again = claimed(store)
+        store.start(again, make_problem(SPEC, layers=2))
+        assert store.load(again).problem == PROBLEM
+        assert store.get_job(lease.job_id).started_at == began
+
+    def test_start_refuses_what_makes_no_search_space(self, store: SqlStore) -> None:
+        kinds = ["attention", "mlp", "embeddings", "norm", "head", "other"]
+        spec = make_spec(merge={"frozen": kinds})
+        job, _ = store.create_job(spec)
+        lease = claimed(store)
+        with pytest.raises(InvalidInput, match="frozen"):
+            store.start(lease, make_problem(spec))
+        assert store.get_job(job.id).state == "queued"
+
+
+class TestCandidates:
+    def test_log_is_read_back_as_written(self, store: SqlStore) -> None:
+        lease = started(store)
+        warm = candidate(0, generation=-1, origin="warm_start", label="language", parents=())
+        foreign = candidate(1, origin="user", genome=None)
+        tiny = np.nextafter(np.full(SPACE.dim, 0.1), 1.0)
+        written = [warm, foreign, candidate(2, genome=tiny), repeat(warm, 3)]
+        store.add_candidates(lease, written)
+        outcome = scored(0, [0.1 + 0.2, 1e-300], seconds={"merge": 0.5}, worker="w", violation=0.25)
+        store.add_evaluation(lease, outcome)
+        store.add_evaluation(lease, failed(1))
+        log = store.load(lease)
+        assert (log.spec, log.problem, log.elapsed_s) == (SPEC, PROBLEM, 0.0)
+        assert log.evaluations == {0: outcome, 1: failed(1)}
+        assert len(log.candidates) == len(written)
+        for read, original in zip(log.candidates, written, strict=True):
+            plain = vars(read) | {"genome": None, "recipe": dict(read.recipe)}
+            assert plain == vars(original) | {"genome": None, "recipe": dict(original.recipe)}
+            assert (read.genome is None) == (original.genome is None)
+            if read.genome is not None and original.genome is not None:
+                assert read.genome.tobytes() == original.genome.tobytes()
+
+    def test_recipes_of_a_log(self, store: SqlStore) -> None:
+        """Those to be evaluated are plain dicts; the others are read late, and travel as plain dicts too."""
+        lease = started(store)
+        first, second = propose(store, lease, 2)
+        store.add_evaluation(lease, scored(0, [0.5, 0.5]))
+        evaluated, pending = (read.recipe for read in store.load(lease).candidates)
+        assert type(pending) is dict
+        assert pending == second.recipe
+        assert dict(evaluated) == first.recipe
+        assert pickle.loads(pickle.dumps(evaluated)) == first.recipe
+        assert (len(evaluated), repr(evaluated)) == (len(first.recipe), repr(dict(evaluated)))
+
+    @pytest.mark.parametrize("indices", [[1], [0, 2], [0, 0], [1, 0]])
+    def test_indices_have_no_gaps(self, store: SqlStore, indices: list[int]) -> None:
+        lease = started(store)
+        before = everything(store, lease.job_id)
+        with pytest.raises(Conflict, match="next candidates"):
+            store.add_candidates(lease, [candidate(index) for index in indices])
+        assert everything(store, lease.job_id) == before
+
+    def test_a_generation_is_all_or_nothing(self, store: SqlStore) -> None:
+        lease = started(store)
+        queued = store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
+        before = everything(store, lease.job_id)
+        with pytest.raises(Conflict):
+            store.add_candidates(lease, [candidate(0), repeat(candidate(5), 1)], [queued])
+        with pytest.raises(Conflict, match="do not wait"):
+            store.add_candidates(lease, [candidate(0)], [queued, queued + 1])
+        assert everything(store, lease.job_id) == before
+        assert [waiting.id for waiting in store.enqueued(lease)] == [queued]
+
+    def test_duplicates_share_the_outcome_of_their_original(self, store: SqlStore) -> None:
+        lease = started(store)
+        original = propose(store, lease, 1)[0]
+        store.add_candidates(lease, [repeat(original, 1)])  # before the outcome
+        store.add_evaluation(lease, scored(0, [0.9, 0.1], items={"language": items([1, 0])}, seconds={"merge": 1.0}))
+        store.add_candidates(lease, [repeat(original, 2), candidate(3), repeat(candidate(3), 4)])  # after it
+        shown = store.list_candidates(lease.job_id).items
+        assert [(c.state, c.values, c.on_front) for c in shown[:3]] == [
+            ("completed", [0.9, 0.1], True),
+            ("completed", [0.9, 0.1], False),
+            ("completed", [0.9, 0.1], False),
+        ]
+        assert [c.state for c in shown[3:]] == ["pending", "pending"]
+        store.add_evaluation(lease, failed(3))
+        shown = store.list_candidates(lease.job_id).items
+        assert [(c.state, c.failure) for c in shown[3:]] == [("failed", shown[3].failure)] * 2
+        assert store.get_candidate(lease.job_id, 2).items == {"language": [1.0, 0.0]}
+        progress = store.get_job(lease.job_id).progress
+        assert (progress.proposed, progress.duplicates, progress.completed, progress.failed) == (5, 3, 1, 1)
+        assert [c.index for c in walk(store, lease.job_id, 2, sort="value", objective="language")] == [0, 1, 2]
+        assert set(store.load(lease).evaluations) == {0, 3}
+        assert store.front(lease.job_id).total == 1
+
+    @pytest.mark.parametrize("duplicate_of", [1, 2, 7])
+    def test_a_duplicate_repeats_an_earlier_original(self, store: SqlStore, duplicate_of: int) -> None:
+        lease = started(store)
+        original = propose(store, lease, 1)[0]
+        store.add_candidates(lease, [repeat(original, 1)])
+        with pytest.raises(Conflict, match="repeats no original"):
+            store.add_candidates(lease, [candidate(2, fingerprint=original.fingerprint, duplicate_of=duplicate_of)])
+
+    def test_a_fingerprint_must_match(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 1)
+        with pytest.raises(Conflict, match="repeats no original"):
+            store.add_candidates(lease, [candidate(1, duplicate_of=0)])
+
+    def test_one_candidate_whole(self, store: SqlStore) -> None:
+        lease = started(store)
+        written = propose(store, lease, 2)[1]
+        scores = {"language": items([0.25, 0.75]), "polarity": items([1.5], weights=[3.0])}
+        store.add_evaluation(lease, scored(1, [0.5, 1.5], items=scores, worker="w1", seconds={"merge": 0.5}))
+        view = store.get_candidate(lease.job_id, 1)
+        assert view.genome is not None
+        assert written.genome is not None
+        assert view.genome == written.genome.tolist()
+        assert (view.recipe, view.parents, view.worker) == (written.recipe, [0], "w1")
+        assert view.items == {"language": [0.25, 0.75], "polarity": [1.5]}
+        assert view.seconds == {"merge": 0.5}
+        with pytest.raises(NotFound):
+            store.get_candidate(lease.job_id, 2)
+
+    def test_item_scores_are_stored_exactly(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 1)
+        values = np.array([0.1, np.nan, np.inf, -0.0], dtype=np.float32)
+        score = items(values.tolist(), weights=[1, 2, 3, 4])
+        store.add_evaluation(lease, scored(0, [0.5, 0.5], items={"polarity": score}))
+        with store.read() as session:
+            row = session.scalars(select(ItemScoresRow)).one()
+        assert (row.objective, row.values.tobytes()) == (1, values.tobytes())
+        assert row.weights is not None
+        assert row.weights.tolist() == [1, 2, 3, 4]
+
+
+class TestEvaluations:
+    def test_an_outcome_is_recorded_once(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 2)
+        assert store.add_evaluation(lease, scored(0, [0.5, 0.5]))
+        assert store.add_evaluation(lease, failed(1))
+        before = everything(store, lease.job_id)
+        for late in (scored(0, [0.9, 0.1]), failed(0), scored(1, [0.9, 0.1])):
+            assert not store.add_evaluation(lease, late)
+        assert everything(store, lease.job_id) == before
+
+    def test_bad_outcomes_change_nothing(self, store: SqlStore) -> None:
+        lease = started(store)
+        original = propose(store, lease, 1)[0]
+        store.add_candidates(lease, [repeat(original, 1)])
+        before = everything(store, lease.job_id)
+        bad: list[tuple[Evaluation, type[Exception]]] = [
+            (scored(9, [0.5, 0.5]), NotFound),
+            (scored(1, [0.5, 0.5]), Conflict),
+            (scored(0, [0.5]), InvalidInput),
+            (scored(0, [0.5, float("nan")]), InvalidInput),
+            (scored(0, [0.5, float("inf")]), InvalidInput),
+            (scored(0, [0.5, 0.5], violation=float("nan")), InvalidInput),
+            (scored(0, [0.5, 0.5], items={"other": items([1.0])}), InvalidInput),
+            (scored(0, [0.5, 0.5], failure=Failure("x", "y")), InvalidInput),
+            (Evaluation(0, None), InvalidInput),
+        ]
+        for outcome, error in bad:
+            with pytest.raises(error):
+                store.add_evaluation(lease, outcome)
+            assert everything(store, lease.job_id) == before
+
+    def test_no_outcome_before_the_start(self, store: SqlStore) -> None:
+        store.create_job(make_spec(objectives=[{"name": "o", "evaluator": "e", "data": {"path": "d"}}]))
+        lease = claimed(store)
+        propose(store, lease, 1)
+        with pytest.raises(Conflict, match="never started"):
+            store.add_evaluation(lease, scored(0, [0.5]))
+
+    @shared_store
+    @given(
+        outcomes=st.lists(
+            st.one_of(
+                st.none(),
+                st.tuples(st.integers(0, 4), st.integers(0, 4), st.sampled_from([0.0, 0.0, 0.5])),
+            ),
+            min_size=1,
+            max_size=12,
+        ),
+        seed=st.integers(0, 99),
+    )
+    def test_front_counters_and_best_agree_with_definitions(
+        self, store: SqlStore, outcomes: list[tuple[int, int, float] | None], seed: int
+    ) -> None:
+        lease = started(store)
+        propose(store, lease, len(outcomes))
+        order = np.random.default_rng(seed).permutation(len(outcomes)).tolist()
+        for index in order:
+            outcome = outcomes[index]
+            store.add_evaluation(
+                lease, failed(index) if outcome is None else scored(index, outcome[:2], violation=outcome[2])
+            )
+        losses = np.array([_losses(outcome) for outcome in outcomes])
+        expected = front_mask(losses)
+        shown = store.list_candidates(lease.job_id).items
+        assert [item.on_front for item in shown] == expected.tolist()
+        view = store.get_job(lease.job_id)
+        completed = sum(outcome is not None for outcome in outcomes)
+        counted = (view.progress.completed, view.progress.failed, view.progress.front)
+        assert counted == (completed, len(outcomes) - completed, expected.sum())
+        feasible = losses[~np.isnan(losses).any(axis=1)]
+        best = [None, None] if not len(feasible) else (feasible.min(axis=0) * [-1, 1]).tolist()
+        assert view.best == best
+        front = store.front(lease.job_id)
+        assert [point.index for point in front.front] == np.flatnonzero(expected).tolist()
+        assert front.total == completed
+        _check_progression(store, lease.job_id, losses[order], order)
+
+
+def _losses(outcome: tuple[int, int, float] | None) -> list[float]:
+    if outcome is None or outcome[2] > 0:
+        return [np.nan, np.nan]
+    losses: list[float] = to_losses(PROBLEM.objectives, outcome[:2]).tolist()
+    return losses
+
+
+def _check_progression(store: SqlStore, job_id: str, losses: Any, order: list[int]) -> None:
+    best, expected = np.array([np.inf, np.inf]), []
+    for index, row in zip(order, losses, strict=True):
+        if (row < best).any():
+            best = np.fmin(best, row)
+            expected.append((index, (best * [-1, 1]).tolist()))
+    curve = store.progression(job_id)
+    assert list(zip(curve.index, curve.best, strict=True)) == expected
+
+
+class TestPages:
+    @pytest.fixture
+    def job_id(self, store: SqlStore) -> str:
+        lease = started(store)
+        store.add_candidates(lease, [candidate(i, origin="warm_start", generation=-1, label=f"s{i}") for i in range(2)])
+        propose(store, lease, 8, first=2)
+        for index, values in enumerate([(3, 1), (1, 2), (2, 2), (3, 3), (1, 1), (2, 0.5)]):
+            store.add_evaluation(lease, scored(index, values))
+        store.add_evaluation(lease, failed(6))
+        return lease.job_id
+
+    def test_order_filters_and_cursors(self, store: SqlStore, job_id: str) -> None:
+        expected: list[tuple[dict[str, Any], list[int]]] = [
+            ({}, [*range(10)]),
+            ({"sort": "-index"}, [*range(9, -1, -1)]),
+            ({"sort": "value", "objective": "language"}, [1, 4, 2, 5, 0, 3]),
+            ({"sort": "-value", "objective": "language"}, [3, 0, 5, 2, 4, 1]),
+            ({"sort": "value", "objective": "polarity"}, [5, 0, 4, 1, 2, 3]),
+            ({"on_front": True}, [0, 5]),
+            ({"on_front": False, "state": "completed"}, [1, 2, 3, 4]),
+            ({"state": "failed"}, [6]),
+            ({"state": "pending", "sort": "-index"}, [9, 8, 7]),
+            ({"sort": "-value", "objective": "language", "on_front": True}, [0, 5]),
+        ]
+        for options, indices in expected:
+            for limit in (1, 2, 3, 100):
+                assert [item.index for item in walk(store, job_id, limit, **options)] == indices
+
+    def test_cursor_is_stable_under_inserts(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 6)
+        for index in range(4):
+            store.add_evaluation(lease, scored(index, [index, 0]))
+        by_value = store.list_candidates(lease.job_id, sort="-value", objective="language", limit=2)
+        by_index = store.list_candidates(lease.job_id, limit=2)
+        store.add_evaluation(lease, scored(4, [9, 0]))
+        store.add_evaluation(lease, scored(5, [0.5, 0]))
+        rest = walk_from(store, lease.job_id, by_value.next_cursor, sort="-value", objective="language")
+        assert [c.index for c in by_value.items] + rest == [3, 2, 1, 5, 0]
+        assert walk_from(store, lease.job_id, by_index.next_cursor) == [2, 3, 4, 5]
+
+    def test_bad_questions(self, store: SqlStore, job_id: str) -> None:
+        bad: list[tuple[dict[str, Any], str]] = [
+            ({"cursor": "%%%"}, "cursor"),
+            ({"cursor": "e30"}, "cursor"),
+            ({"cursor": "WyJpbmRleCIsICJ4Il0"}, "cursor"),
+            ({"limit": 0}, "limit"),
+            ({"limit": 1001}, "limit"),
+            ({"sort": "name"}, "sort"),
+            ({"sort": "value"}, "objective"),
+            ({"sort": "value", "objective": "none"}, "objective"),
+            ({"state": "none"}, "state"),
+        ]
+        for options, field in bad:
+            with pytest.raises(InvalidInput) as caught:
+                store.list_candidates(job_id, **options)
+            assert caught.value.field == field
+
+    def test_a_cursor_of_another_order_is_refused(self, store: SqlStore, job_id: str) -> None:
+        cursor = store.list_candidates(job_id, sort="value", objective="language", limit=1).next_cursor
+        for options in ({}, {"sort": "-index"}, {"sort": "value", "objective": "polarity"}):
+            with pytest.raises(InvalidInput):
+                store.list_candidates(job_id, cursor=cursor, **options)  # type: ignore[arg-type]
+        for bad in (cursor, "WyJqb2JzIiwgIngiLCAieCJd", "WyJqb2JzIiwgIjIwMjYtMDEtMDEiLCAieCJd"):
+            with pytest.raises(InvalidInput):
+                store.list_jobs(cursor=bad)
+
+    def test_front_baselines_and_the_rest(self, store: SqlStore, job_id: str) -> None:
+        view = store.front(job_id)
+        assert [point.index for point in view.front] == [0, 5]
+        assert [(point.index, point.label) for point in view.baselines] == [(0, "s0"), (1, "s1")]
+        assert [(point.index, point.values) for point in view.dominated] == [(2, [2, 2]), (3, [3, 3]), (4, [1, 1])]
+        assert [point.index for point in store.front(job_id, limit=2).dominated] == [2, 4]
+        assert store.front(job_id, limit=0).dominated == []
+        assert view.total == 6
+
+
+def walk_from(store: SqlStore, job_id: str, cursor: str | None, **options: Any) -> list[int]:
+    page = store.list_candidates(job_id, cursor=cursor, **options)
+    assert page.next_cursor is None
+    return [item.index for item in page.items]
+
+
+class TestEnqueued:
+    def test_from_queue_to_candidate(self, store: SqlStore) -> None:
+        lease = started(store)
+        wishes = [CandidateInput(coefficients={"language": 0.5}, label="a"), CandidateInput(genome=[0.1] * 8)]
+        numbers = [store.enqueue(lease.job_id, wish) for wish in wishes]
+        assert numbers == [1, 2]
+        waiting = store.enqueued(lease)
+        assert [(item.id, item.candidate) for item in waiting] == list(zip(numbers, wishes, strict=True))
+        store.add_candidates(lease, [candidate(0, origin="user")], taken=[1])
+        store.reject_enqueued(lease, 2, Failure("invalid_input", "outside the bounds"))
+        assert store.enqueued(lease) == []
+        with pytest.raises(Conflict):
+            store.reject_enqueued(lease, 2, Failure("invalid_input", "again"))
+        with pytest.raises(Conflict):
+            store.add_candidates(lease, [candidate(1)], taken=[1])
+        assert store.enqueue(lease.job_id, wishes[0]) == 3
+
+    def test_before_the_job_runs_but_not_after(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        assert store.enqueue(job.id, CandidateInput(genome=[0.0])) == 1
+        store.request(job.id, "cancel")
+        with pytest.raises(Conflict):
+            store.enqueue(job.id, CandidateInput(genome=[0.0]))
+
+
+class TestEvents:
+    def test_everything_is_told_in_order(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.add_candidates(lease, [candidate(i, origin="warm_start", generation=-1) for i in range(2)])
+        propose(store, lease, 2, first=2, generation=0)
+        store.add_evaluation(lease, scored(1, [0.5, 0.25]))
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.reject_enqueued(lease, 1, Failure("invalid_input", "too short"))
+        export = store.create_export(lease.job_id, 1, "language")
+        store.set_state(lease, "failed", "why")
+        told = store.events(lease.job_id, 0)
+        assert [(event.type, event.data) for event in told] == [
+            ("job.state", {"state": "queued", "reason": None}),
+            ("job.state", {"state": "running", "reason": None}),
+            ("candidates.proposed", {"first": 0, "count": 2, "generation": -1, "origin": "warm_start"}),
+            ("candidates.proposed", {"first": 2, "count": 2, "generation": 0, "origin": "algorithm"}),
+            (
+                "candidate.evaluated",
+                {
+                    "index": 1,
+                    "state": "completed",
+                    "values": [0.5, 0.25],
+                    "on_front": True,
+                    "progress": store.get_job(lease.job_id).progress.model_dump(mode="json"),
+                },
+            ),
+            ("candidate.enqueued", {"queued": 1}),
+            ("candidate.rejected", {"queued": 1, "code": "invalid_input", "message": "too short"}),
+            (
+                "export.progress",
+                {"export_id": export.id, "candidate": 1, "state": "queued", "progress": 0.0, "path": None},
+            ),
+            ("job.state", {"state": "failed", "reason": "why"}),
+        ]
+        ids = [event.id for event in told]
+        assert ids == sorted(set(ids))
+        assert [event.id for event in store.events(lease.job_id, ids[2], limit=3)] == ids[3:6]
+
+    def test_one_job_or_all(self, store: SqlStore) -> None:
+        first, second = (store.create_job(SPEC)[0].id for _ in range(2))
+        store.request(first, "pause")
+        assert [event.job_id for event in store.events(None, 0)] == [first, second, first]
+        assert [event.data["state"] for event in store.events(first, 0)] == ["queued", "paused"]
+
+    def test_a_takeover_is_noted(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.release(lease)
+        claimed(store, owner="two")
+        last = store.events(lease.job_id, 0)[-1]
+        assert (last.type, last.data["message"].split()[0]) == ("job.note", "two")
+
+    def test_ids_are_never_used_again(self, store: SqlStore) -> None:
+        gone, _ = store.create_job(SPEC)
+        seen = store.events(None, 0)[-1].id
+        store.delete_job(gone.id)
+        store.create_job(SPEC)
+        assert [event.id > seen for event in store.events(None, 0)] == [True]
+
+    def test_requests_without_effect_tell_nothing(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        store.request(job.id, "pause")
+        before = store.events(job.id, 0)
+        store.request(job.id, "pause")
+        assert store.events(job.id, 0) == before
+
+
+class TestExports:
+    @pytest.fixture
+    def job_id(self, store: SqlStore) -> str:
+        lease = started(store)
+        original = propose(store, lease, 3)[0]
+        store.add_candidates(lease, [repeat(original, 3)])
+        store.add_evaluation(lease, scored(0, [0.75, 0.5]))
+        store.add_evaluation(lease, failed(1))
+        return lease.job_id
+
+    def test_only_what_has_scores(self, store: SqlStore, job_id: str) -> None:
+        for index in (1, 2):
+            with pytest.raises(Conflict) as caught:
+                store.create_export(job_id, index, None)
+            assert caught.value.field == "candidate"
+        with pytest.raises(NotFound):
+            store.create_export(job_id, 9, None)
+        with pytest.raises(InvalidInput) as refused:
+            store.create_export(job_id, 0, "nobody")
+        assert refused.value.field == "head"
+        assert store.list_exports(job_id) == []
+
+    def test_from_queue_to_directory(self, store: SqlStore, job_id: str) -> None:
+        first, second = (store.create_export(job_id, index, head) for index, head in ((0, "language"), (3, None)))
+        assert [view.id for view in store.list_exports(job_id)] == [second.id, first.id]
+        task = store.claim_export("worker", TTL)
+        assert task is not None
+        assert (task.id, task.candidate, task.head) == (first.id, 0, "language")
+        assert (task.recipe, task.spec) == (candidate(0).recipe, SPEC)
+        assert task.scores == {"language": 0.75, "polarity": 0.5}
+        store.update_export(task, state="running", progress=0.5, ttl_s=TTL)
+        assert store.get_export(first.id).progress == 0.5
+        store.update_export(task, state="completed", progress=1.0, ttl_s=TTL, path="exports/x")
+        done = store.get_export(first.id)
+        assert (done.state, done.path, done.finished_at is not None) == ("completed", "exports/x", True)
+        with pytest.raises(LeaseLost):
+            store.update_export(task, state="running", progress=0.1, ttl_s=TTL)
+        other = store.claim_export("worker", TTL)
+        assert other is not None
+        assert (other.id, other.scores) == (second.id, task.scores)
+        store.update_export(other, state="failed", progress=0.3, ttl_s=TTL, error={"code": "full", "message": "disk"})
+        assert store.get_export(second.id).error == {"code": "full", "message": "disk"}
+        assert store.claim_export("worker", TTL) is None
+
+    def test_an_expired_claim_is_taken_over_and_fenced(self, store: SqlStore, job_id: str) -> None:
+        store.create_export(job_id, 0, None)
+        stale = store.claim_export("one", 0)
+        fresh = store.claim_export("two", TTL)
+        assert stale is not None
+        assert fresh is not None
+        assert fresh.token > stale.token
+        before = store.get_export(fresh.id)
+        with pytest.raises(LeaseLost):
+            store.update_export(stale, state="completed", progress=1.0, ttl_s=TTL, path="elsewhere")
+        assert store.get_export(fresh.id) == before
+        store.update_export(fresh, state="completed", progress=1.0, ttl_s=TTL, path="here")
+
+
+class TestDeletion:
+    def test_nothing_is_left(self, store: SqlStore) -> None:
+        lease = started(store)
+        original = propose(store, lease, 2)[0]
+        store.add_candidates(lease, [repeat(original, 2)])
+        store.add_evaluation(lease, scored(0, [0.5, 0.5], items={"language": items([1.0])}))
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.create_export(lease.job_id, 0, None)
+        task = store.claim_export("worker", TTL)
+        assert task is not None
+        with pytest.raises(Conflict):
+            store.delete_job(lease.job_id)
+        assert len(store.list_exports(lease.job_id)) == 1
+        store.set_state(lease, "completed")
+        with store.read() as session:
+            filled = {name for name, table in Base.metadata.tables.items() if session.scalar(_count(table))}
+        assert filled == set(Base.metadata.tables) - {"tokens"}
+        store.delete_job(lease.job_id)
+        with store.read() as session:
+            assert [name for name, table in Base.metadata.tables.items() if session.scalar(_count(table))] == []
+        with pytest.raises(LeaseLost):
+            store.update_export(task, state="running", progress=0.5, ttl_s=TTL)
+
+    def test_other_jobs_stay(self, store: SqlStore) -> None:
+        kept, gone = started(store), started(store)
+        for lease in (kept, gone):
+            propose(store, lease, 1)
+        before = everything(store, kept.job_id)
+        store.set_state(gone, "completed")
+        store.delete_job(gone.job_id)
+        assert everything(store, kept.job_id) == before
+
+    def test_not_while_a_controller_prepares_it(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        claimed(store)
+        with pytest.raises(Conflict):
+            store.delete_job(job.id)
+
+
+def _count(table: Any) -> Any:
+    return select(func.count()).select_from(table)
+
+
+class TestTokens:
+    def test_life_of_a_token(self, store: SqlStore) -> None:
+        assert not store.has_tokens()
+        view, secret = store.create_token("laptop")
+        assert secret.startswith("mo_")
+        assert store.has_tokens()
+        used = store.check_token(secret)
+        assert used is not None
+        assert (used.id, used.name) == (view.id, "laptop")
+        assert store.list_tokens()[0].last_used_at is not None
+        for wrong in ("", secret + "x", secret[:-1], "mo_", "\ud800"):
+            assert store.check_token(wrong) is None
+        store.delete_token(view.id)
+        assert store.check_token(secret) is None
+        assert not store.has_tokens()
+
+    def test_an_expired_token_is_none(self, store: SqlStore) -> None:
+        _, secret = store.create_token("short", ttl_s=1e-6)
+        assert store.check_token(secret) is None
+        assert not store.has_tokens()
+        assert len(store.list_tokens()) == 1
+
+    def test_the_secret_is_not_stored(self, store: SqlStore) -> None:
+        _, secret = store.create_token("laptop")
+        with store.read() as session:
+            stored = session.execute(select(Base.metadata.tables["tokens"])).one()
+        assert secret.removeprefix("mo_") not in json.dumps(list(stored), default=str)
+
+    def test_use_is_recorded_once_a_minute(self, store: SqlStore) -> None:
+        _, secret = store.create_token("laptop")
+        first, second = store.check_token(secret), store.check_token(secret)
+        assert first is not None
+        assert second is not None
+        assert store.list_tokens()[0].last_used_at == second.last_used_at == first.last_used_at
+
+    def test_bad_lifetimes(self, store: SqlStore) -> None:
+        for ttl_s in (0, -1, float("nan"), 1e300):
+            with pytest.raises(InvalidInput):
+                store.create_token("laptop", ttl_s)
+
+
+class TestCommitHook:
+    def test_it_is_called_around_every_commit_of_the_controller(self, database_url: str) -> None:
+        calls: list[str] = []
+        store = SqlStore(database_url, on_commit=calls.append)
+        lease = started(store)
+        propose(store, lease, 1)
+        store.add_evaluation(lease, scored(0, [0.5, 0.5]))
+        store.renew(lease, TTL, 1.0)
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.reject_enqueued(lease, 1, Failure("x", "y"))
+        store.set_state(lease, "completed")
+        store.close()
+        operations = ["claim", "start", "add_candidates", "add_evaluation", "renew", "reject_enqueued", "set_state"]
+        assert calls == [f"{when}:{operation}" for operation in operations for when in ("before", "after")]
+
+    def test_raising_before_the_commit_rolls_back(self, database_url: str) -> None:
+        class CrashError(Exception):
+            pass
+
+        def crash(boundary: str) -> None:
+            if boundary == "before:add_candidates":
+                raise CrashError
+
+        store = SqlStore(database_url, on_commit=crash)
+        lease = started(store)
+        before = everything(store, lease.job_id)
+        with pytest.raises(CrashError):
+            propose(store, lease, 1)
+        assert everything(store, lease.job_id) == before
+        store.close()

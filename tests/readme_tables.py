@@ -1,0 +1,103 @@
+"""The README's tables, made from the code. `python -m tests.readme_tables` (`make readme`) writes them anew."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import typer
+from typer.core import TyperArgument, TyperGroup
+
+from api.app import create_app
+from api.cli import app as cli
+from api.settings import Settings, settings_table
+from api.store.sql import SqlStore
+from optimizer.algorithms import ALGORITHMS
+from optimizer.problem import Problem
+from optimizer.spec import JobSpec
+from workers.evaluators.base import EVALUATORS
+from workers.merging.operator import OPERATORS
+
+README = Path(__file__).parents[1] / "README.md"
+_MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def settings() -> str:
+    """Settings: environment variable, default, help."""
+    return _table(("variable", "default", "what it is"), ((f"`{n}`", _code(d), h) for n, d, h in settings_table()))
+
+
+def routes() -> str:
+    """REST routes with their summaries."""
+    paths = create_app(SqlStore("sqlite:///unused.db"), Settings(), inspect=_nothing).openapi()["paths"]
+    rows = [
+        (f"`{method.upper()} {path}`", operation["summary"])
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+    ]
+    return _table(("route", "what it does"), rows)
+
+
+def commands() -> str:
+    """CLI commands with the first sentence of their help."""
+    return _table(("command", "what it does"), _commands(typer.main.get_group(cli), "mergeopt"))
+
+
+def algorithms() -> str:
+    """Search algorithms."""
+    rows = ((f"`{name}`", found.summary, found.reference) for name, found in ALGORITHMS.items())
+    return _table(("algorithm", "what it does", "source"), rows)
+
+
+def operators() -> str:
+    """Merge operators."""
+    rows = ((f"`{name}`", found.info.summary, found.info.reference) for name, found in OPERATORS.items())
+    return _table(("operator", "what it does", "source"), rows)
+
+
+def evaluators() -> str:
+    """Evaluators with their metrics."""
+    rows = (
+        (f"`{name}`", found.summary, ", ".join(f"`{metric}`" for metric in found.metrics))
+        for name, found in EVALUATORS.items()
+    )
+    return _table(("evaluator", "what it measures", "metrics"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (settings, routes, commands, algorithms, operators, evaluators)
+}
+
+
+def render(text: str) -> str:
+    """Return a README's text with every marked table made anew."""
+    return _MARKED.sub(lambda match: f"{match[1]}{TABLES[match['name']]()}{match[4]}", text)
+
+
+def _nothing(spec: JobSpec) -> Problem:
+    raise NotImplementedError
+
+
+def _commands(group: TyperGroup, prefix: str) -> Iterable[tuple[str, str]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from _commands(command, f"{prefix} {name}")
+        else:
+            arguments = " ".join(str(p.name).upper() for p in command.params if isinstance(p, TyperArgument))
+            yield f"`{prefix} {name}{' ' + arguments if arguments else ''}`", command.get_short_help_str(200)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |\n" for row in lines
+    )
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,26 @@
+"""The README's tables and commands are those of the code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.readme_tables import README, TABLES, render
+
+
+def test_every_table_is_there_and_current() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(TABLES)
+    assert render(text) == text, "run `make readme`"
+
+
+def test_the_make_targets_it_names_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (README.parent / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"\bmake ([a-z-]+)", README.read_text(encoding="utf-8")))
+    assert {"demo", "test", "setup"} <= named <= set(targets)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))
+def test_the_files_it_links_to_exist(link: str) -> None:
+    assert (README.parent / link).exists()
