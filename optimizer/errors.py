@@ -27,9 +27,12 @@ The class decides what happens (retry, mark infeasible, fail the job, answer wit
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from pydantic import ValidationError
+
+_NAMED = re.compile(r"([a-z_]+(?:\.\w+)*): (.+)", re.DOTALL)
 
 
 class MergeoptError(Exception):
@@ -52,7 +55,7 @@ class MergeoptError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process borders in Ray; keyword-only arguments need help to survive that.
-        return (_rebuild, (type(self), self.message, self.field, self.remedy))
+        return (_rebuild, (type(self), self.message, self.field, self.remedy), self.__dict__)
 
     def __str__(self) -> str:
         where = f"{self.field}: " if self.field else ""
@@ -188,8 +191,12 @@ def from_validation(error: ValidationError, prefix: str = "") -> InvalidInput:
     """
     problems = []
     for item in error.errors(include_url=False, include_context=False, include_input=False):
-        path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + item["loc"])
-        problems.append((path or None, item["msg"].removeprefix("Value error, ")))
+        message = item["msg"].removeprefix("Value error, ")
+        loc = item["loc"]
+        if not loc and (named := _NAMED.match(message)):  # a check across fields says itself which one is wrong
+            loc, message = (named[1],), named[2]
+        path = ".".join(str(part) for part in ((prefix,) if prefix else ()) + loc)
+        problems.append((path or None, message))
     field, message = problems[0]
     out = InvalidProblems(message, field=field, remedy="see the job schema at /api/v1/schema/job")
     out.problems = problems

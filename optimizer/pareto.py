@@ -74,6 +74,8 @@ def crowding_distance(losses: Losses) -> NDArray[np.float64]:
     """Return the crowding distance of each row within its front, shape (n,); the ends of each objective are infinite."""
     n, m = losses.shape
     distance = np.zeros(n)
+    if not n:
+        return distance
     for column in range(m):
         order = np.argsort(losses[:, column], kind="stable")
         values = losses[order, column]

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from workers.demo.experts import quiet
+
 BATCH = 100
 
 
 @torch.inference_mode()
 def plain_accuracy(checkpoint: Path, data: Path) -> float:
     """Return the accuracy of a text classifier on a JSONL file of `text` and `label`."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     right = 0
     for first in range(0, len(rows), BATCH):

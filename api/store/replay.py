@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, Text, and_, cast, select
@@ -26,15 +25,22 @@ class StoredRecipe(Mapping[str, Any]):
     Pickles as a plain dict.
 
     Args:
-        read: returns the recipe.
+        read: returns the recipe of an index.
+        index: the candidate's.
     """
 
-    def __init__(self, read: Callable[[], dict[str, Any]]) -> None:
-        self._read = read
+    __slots__ = ("_index", "_read", "_recipe")
 
-    @cached_property
+    def __init__(self, read: Callable[[int], dict[str, Any]], index: int) -> None:
+        self._read = read
+        self._index = index
+        self._recipe: dict[str, Any] | None = None
+
+    @property
     def _data(self) -> dict[str, Any]:
-        return self._read()
+        if self._recipe is None:
+            self._recipe = self._read(self._index)
+        return self._recipe
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
@@ -115,7 +121,7 @@ def _candidates(
             origin,
             label,
             genome,
-            pending.get(index) or StoredRecipe(partial(read_recipe, index)),
+            pending.get(index) or StoredRecipe(read_recipe, index),
             fingerprint,
             tuple(parents),
             duplicate_of,

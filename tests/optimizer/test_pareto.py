@@ -105,13 +105,13 @@ def test_crowding_adds_up_the_gaps_to_the_neighbours(losses: Losses) -> None:
 
 def test_crowding_of_equal_rows_is_finite_inside() -> None:
     assert crowding_distance(np.ones((4, 2))).tolist() == [np.inf, 0.0, 0.0, np.inf]
-    assert crowding_distance(np.empty((0, 2)).reshape(0, 2)).shape == (0,)
+    assert crowding_distance(np.empty((0, 2))).shape == (0,)
 
 
 def inclusion_exclusion(losses: Losses, reference: Losses) -> float:
     inside = [row for row in losses if (row < reference).all()]
     return sum(
-        (-1) ** (size + 1) * float(np.prod(reference - np.max(chosen, axis=0)))
+        (-1.0) ** (size + 1) * float(np.prod(reference - np.max(chosen, axis=0)))
         for size in range(1, len(inside) + 1)
         for chosen in itertools.combinations(inside, size)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.ui.service import Service, running_service
 
@@ -38,6 +38,7 @@ def browser() -> Iterator[Browser]:
     program = next((path for name in _NAMES if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip("no Chromium found on PATH: install the package chromium")
+    expect.set_options(timeout=_WAIT_MS)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=_FLAGS)
         yield chromium
@@ -46,11 +47,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def start_service(tmp_path: Path, sqlite_template: Path) -> Iterator[StartService]:
-    """A function that starts a service with the given options; all end with the test."""
+    """A function that starts a service with the given options; all end with the test and share its database."""
     with ExitStack() as stack:
 
         def start(**options: Any) -> Service:
-            shutil.copy(sqlite_template, tmp_path / "ui.db")
+            if not (tmp_path / "ui.db").exists():
+                shutil.copy(sqlite_template, tmp_path / "ui.db")
             return stack.enter_context(running_service(tmp_path, **options))
 
         yield start

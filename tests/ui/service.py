@@ -138,12 +138,14 @@ class Service:
 
     Attributes:
         store: behind it.
+        port: it listens on.
         url: of the UI.
         allow: lets the controller do this many more evaluations.
     """
 
     def __init__(self, store: SqlStore, settings: Settings, pools: FormulaPools, root: Path) -> None:
         self.store = store
+        self.port = settings.port
         self.url = f"http://{settings.host}:{settings.port}/ui/"
         self._pools = pools
         self._root = root

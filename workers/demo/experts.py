@@ -5,19 +5,20 @@ Everything is seeded, saved as ordinary Hugging Face directories, and kept from 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from optimizer.errors import InvalidInput
 from workers.demo.tasks import Row, Task
@@ -124,19 +125,27 @@ def train(training: Training, task: Task, base: Path, out: Path, progress: Calla
 
 
 def _new_model(base: Path, task: Task) -> BertForSequenceClassification:
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(
-        transformers.logging.ERROR
-    )  # it would announce the new classifier, which is what we ask for
-    try:
+    with quiet():  # it would announce the new classifier, which is what we ask for
         return BertForSequenceClassification.from_pretrained(
             base,
             num_labels=len(task.labels),
             id2label=dict(enumerate(task.labels)),
             label2id={label: number for number, label in enumerate(task.labels)},
         )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing progress bars and notices while the block runs."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _optimizer(
@@ -176,8 +185,9 @@ def _save(
 ) -> None:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    with quiet():
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     (part / "README.md").write_text(
         f"---\nlicense: mit\nbase_model: sentence-transformers/all-MiniLM-L6-v2\n---\n\n# {training.name}\n\n"
         f"MiniLM fine-tuned for {training.steps} steps on the word-level task `{task.name}` by the mergeopt demo.\n",

@@ -177,6 +177,23 @@ def test_ties_keeps_at_least_one_entry_of_every_tensor() -> None:
     assert out.tolist() == [0.0, 5.0, 0.0]
 
 
+def test_ties_notices_changed_tensors_and_options() -> None:
+    """What it remembers between candidates must never be out of date."""
+    generator = torch.Generator().manual_seed(0)
+    base, expert = torch.zeros(100), torch.randn(100, generator=generator)
+
+    def kept(density: float) -> int:
+        return int((merge("ties", base, [expert], [1.0], density=density) != base).sum())
+
+    assert [kept(0.2), kept(0.2), kept(0.5), kept(0.2)] == [20, 20, 50, 20]
+    expert.mul_(torch.arange(100) < 10)
+    assert kept(0.05) == 5 and kept(0.2) == 10
+    base += 1.0
+    assert kept(0.9) == 90
+    other = torch.randn(100, generator=generator)
+    assert int((merge("ties", other, [expert], [1.0], density=0.3) != other).sum()) == 30
+
+
 class TestOptions:
     def test_defaults_fixed_values_and_variables(self) -> None:
         options = parse_operator_options(

@@ -3,7 +3,11 @@
 const PLAIN = /^[A-Za-z_/][\w ./@-]*$/;
 const WORDS = /^(y|n|yes|no|true|false|on|off|null|~)$/i;
 
+// YAML 1.1 takes 1e-9 for a text: its numbers with an exponent have a point.
+const number = (value) => JSON.stringify(value).replace(/^(-?\d+)e/, "$1.0e");
+
 function scalar(value) {
+  if (typeof value === "number") return number(value);
   if (typeof value !== "string") return JSON.stringify(value);
   return PLAIN.test(value) && !WORDS.test(value) && !value.endsWith(" ") ? value : JSON.stringify(value);
 }

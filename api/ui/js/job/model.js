@@ -46,9 +46,13 @@ export class JobModel {
 
   /** Take in a job as the server now shows it. */
   setJob(job) {
+    this.seenAt = performance.now();
+    this.#change(job);
+  }
+
+  #change(job) {
     const before = this.job;
     this.job = job;
-    this.seenAt = performance.now();
     if (before && (before.state !== job.state || before.requested !== job.requested)) {
       announce(`${job.name}: ${jobState(job)[0]}`);
     }
@@ -113,7 +117,7 @@ export class JobModel {
 
   #handlers = {
     "job.state": (data) => {
-      this.job.state = data.state;
+      this.#change({ ...this.job, state: data.state, reason: data.reason });
       this.refreshJob();
       this.refreshFront();
       this.refreshProgression();

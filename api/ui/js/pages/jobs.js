@@ -86,6 +86,7 @@ export async function jobsPage(page) {
     h("a", { class: "button primary", href: "#/new" }, "New job"),
   );
 
+  if (!page.root.children.length) replace(page.root, h("p", { class: "loading", role: "status" }, "Loading the jobs…"));
   const since = (await newestEvents("events", page.signal)).at(-1)?.id ?? 0;
   await load(true);
   if (page.signal.aborted) return;

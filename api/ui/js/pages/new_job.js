@@ -25,6 +25,7 @@ budget: {evaluations: 200}
 
 export async function newJobPage(page) {
   const from = page.query.get("clone");
+  replace(page.root, h("p", { class: "loading", role: "status" }, "Loading the form…"));
   const [schema, algorithms, operators, evaluators, original] = await Promise.all([
     get("schema/job", {}, page.signal),
     ...["algorithms", "operators", "evaluators"].map((name) => get(name, {}, page.signal)),
