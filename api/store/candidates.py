@@ -23,7 +23,9 @@ from api.store.models import (
 from api.store.ports import CandidateSort
 from api.views import CandidateState, CandidateSummary, CandidateView, FrontView, Page, Point, Progression
 from optimizer.errors import Conflict, InvalidInput, NotFound
-from optimizer.spec import CandidateInput
+from optimizer.problem import Problem
+from optimizer.space import make_space
+from optimizer.spec import CandidateInput, JobSpec
 
 _POINT = (
     CandidateRow.index,
@@ -125,6 +127,7 @@ class Candidates(Database):
         Raises:
             NotFound: no such job.
             Conflict: the job is over.
+            InvalidInput: the job has been prepared and its search space does not have this candidate.
         """
         with self.write() as session:
             job = lifecycle.lock_job(session, job_id)
@@ -132,6 +135,8 @@ class Candidates(Database):
                 raise lifecycle.no_job(job_id)
             if job.state in lifecycle.ENDED:
                 raise Conflict(f"the job is {job.state}", remedy="clone it, with the candidate in warm_starts")
+            if job.problem is not None:
+                make_space(JobSpec.model_validate(job.spec), Problem.model_validate(job.problem)).encode(candidate)
             last = session.scalar(select(func.max(EnqueuedRow.number)).where(EnqueuedRow.job_id == job_id))
             number = (last or 0) + 1
             session.add(

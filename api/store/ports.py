@@ -32,7 +32,6 @@ class ExportTask:
         token: fencing token of the claim.
         recipe: of the candidate.
         spec: of the job.
-        digests: content digest of each model, as the job began with them.
         scores: the candidate's values by objective name.
     """
 
@@ -94,7 +93,11 @@ class JobStore(Protocol):
         """Return the best-so-far curve of each objective."""
 
     def enqueue(self, job_id: str, candidate: CandidateInput) -> int:
-        """Queue a candidate for a job that has not ended; return its number in the queue."""
+        """Queue a candidate for a job that has not ended; return its number in the queue.
+
+        Once the job has been prepared, a candidate that its search space does not have raises `InvalidInput`; before
+        that, the controller rejects it with an event.
+        """
 
     def events(self, job_id: str | None, after: int, limit: int = 500) -> list[EventView]:
         """Return events with an id above ``after``, oldest first; of all jobs when ``job_id`` is None."""

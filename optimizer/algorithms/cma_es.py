@@ -168,6 +168,10 @@ class CmaEs(Algorithm):
             vectors[worst] = self._vector(guests[int(foreign.argmin())].genome)
             own[worst] = foreign.min()
         self._strategy.tell(vectors, own.tolist(), check_points=False)
+        if self.context.space.dim == 1:
+            # pycma keeps its limits by scaling single coordinates, which fails where there is only one.
+            std = float(self._strategy.stds[0])
+            self._strategy.sigma *= np.clip(std, self._cube.smallest_std[0], _LARGEST_STD) / std
 
     def _vector(self, genome: Genome, proposed: Genome | None = None) -> Vector:
         """The strategy's coordinates of a genome.
@@ -193,6 +197,7 @@ class CmaEs(Algorithm):
         return np.asarray(weights @ units / weights.sum(), dtype=np.float64)
 
     def _start(self, unit: Vector, sigma: float) -> None:
+        several = self.context.space.dim > 1
         options: dict[str, Any] = {
             # A generator of its own: pycma's default draws from numpy's global one, and seeds it.
             "seed": np.nan,
@@ -208,8 +213,8 @@ class CmaEs(Algorithm):
             "CMA_mirrors": 0,
             # A change of coordinates in mid-run would make recorded vectors mean something else.
             "conditioncov_alleviate": None,
-            "maxstd": _LARGEST_STD,
-            "minstd": self._cube.smallest_std,
+            "maxstd": _LARGEST_STD if several else np.inf,
+            "minstd": self._cube.smallest_std if several else 0.0,
             "CMA_stds": np.maximum(1.0, self._cube.first_std / sigma),
         }
         with warnings.catch_warnings():

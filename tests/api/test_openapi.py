@@ -138,7 +138,7 @@ CHECKS = [
 ]
 
 
-def check(case: Case, service: Service, job: JobView) -> None:
+def check(case: Case[Any], service: Service, job: JobView) -> None:
     """Send a request; the answer is never a 500, and one that the document names."""
     case.headers.pop("Authorization", None)  # a made-up token would be refused before anything else is looked at
     if len(str(case.path_parameters.get("job_id", ""))) % 2:
@@ -163,7 +163,7 @@ def fuzz(max_examples: int) -> settings:
 
 @few.parametrize()
 @fuzz(max_examples=12)
-def test_no_request_breaks_it(case: Case, service: Service, job: JobView) -> None:
+def test_no_request_breaks_it(case: Case[Any], service: Service, job: JobView) -> None:
     """Some requests by the document, and some against it."""
     check(case, service, job)
 
@@ -171,6 +171,6 @@ def test_no_request_breaks_it(case: Case, service: Service, job: JobView) -> Non
 @pytest.mark.slow
 @many.parametrize()
 @fuzz(max_examples=200)
-def test_no_request_of_many_breaks_it(case: Case, service: Service, job: JobView) -> None:
+def test_no_request_of_many_breaks_it(case: Case[Any], service: Service, job: JobView) -> None:
     """Every bound and every type of every field, one by one, and random ones."""
     check(case, service, job)

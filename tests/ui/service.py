@@ -25,7 +25,7 @@ from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.geometry import make_layout
-from optimizer.ports import EvaluationPool, Failure, PoolFactory, Result, Task
+from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Finding, Problem
 from optimizer.spec import JobSpec
 from tests.factories import make_problem, make_spec
@@ -132,6 +132,9 @@ class FormulaPools:
         """Return a pool."""
         return FormulaPool(problem, self.permits, self._fail_every)
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
 
 class Service:
     """A running service.
@@ -150,7 +153,7 @@ class Service:
         self._pools = pools
         self._root = root
         self._stop = threading.Event()
-        self._controller = Controller(store, _as_factory(pools), ControllerConfig("controller", poll_s=0.05))
+        self._controller = Controller(store, pools, ControllerConfig("controller", poll_s=0.05))
 
     def allow(self, evaluations: int) -> None:
         """Let the controller do this many more evaluations."""
@@ -203,10 +206,6 @@ class Service:
             for part in range(1, 5):
                 self.store.update_export(task, state="running", progress=part / 5, ttl_s=30)
             self.store.update_export(task, state="completed", progress=1, ttl_s=30, path=str(path))
-
-
-def _as_factory(pools: FormulaPools) -> PoolFactory:
-    return pools
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from api.views import JobView
 from tests.ui.conftest import StartService, Tab
-from tests.ui.service import Service
+from tests.ui.service import Service, browser_spec
 
 STARTS = 5  # base, three experts, uniform
 
@@ -20,7 +20,7 @@ def job(service: Service) -> JobView:
 
 
 def open_job(tab: Tab, service: Service, job: JobView, query: str = "") -> Page:
-    tab.page.goto(f"{service.url}#/jobs/{job.id}{query}")
+    tab.open(f"{service.url}#/jobs/{job.id}{query}")
     expect(tab.page.get_by_role("heading", level=1)).to_have_text(job.name)
     return tab.page
 
@@ -122,7 +122,8 @@ def test_open_a_candidate_from_the_plot(service: Service, tab: Tab, job: JobView
             const { xaxis, yaxis } = plot._fullLayout;
             const i = plot.data[at].customdata.indexOf(1);
             const box = plot.getBoundingClientRect();
-            return [box.left + xaxis._offset + xaxis.l2p(plot.data[at].x[i]), box.top + yaxis._offset + yaxis.l2p(plot.data[at].y[i])];
+            const x = box.left + xaxis._offset + xaxis.l2p(plot.data[at].x[i]);
+            return [x, box.top + yaxis._offset + yaxis.l2p(plot.data[at].y[i])];
         }"""
     )
     page.mouse.move(spot[0] - 2, spot[1] - 2)
@@ -295,9 +296,7 @@ def test_a_job_that_nobody_has_begun(start_service: StartService, tab: Tab) -> N
 
 
 def test_one_objective_is_drawn_over_the_candidates(service: Service, tab: Tab) -> None:
-    spec = service.submit().spec
-    service.store.request(service.store.list_jobs().items[0].id, "cancel")
-    job = service.submit(name="single", objectives=spec["objectives"][:1])
+    job = service.submit(objectives=browser_spec().objectives[:1])
     service.allow(6)
     page = open_job(tab, service, job)
     tab.front_points(6)
@@ -306,7 +305,7 @@ def test_one_objective_is_drawn_over_the_candidates(service: Service, tab: Tab) 
 
 def test_no_such_job(service: Service, tab: Tab) -> None:
     tab.expected.append("404")
-    tab.page.goto(f"{service.url}#/jobs/doesnotexist")
+    tab.open(f"{service.url}#/jobs/doesnotexist")
     expect(tab.page.get_by_role("heading", name="Not found")).to_be_visible()
     tab.page.get_by_role("link", name="All jobs").click()
     expect(tab.page.get_by_role("heading", name="No jobs yet")).to_be_visible()

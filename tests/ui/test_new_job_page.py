@@ -12,7 +12,7 @@ from tests.ui.service import Service, browser_spec
 
 
 def open_form(tab: Tab, service: Service) -> Page:
-    tab.page.goto(f"{service.url}#/new")
+    tab.open(f"{service.url}#/new")
     expect(tab.page.get_by_role("heading", name="New job", level=1)).to_be_visible()
     return tab.page
 
@@ -61,7 +61,7 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     merge.get_by_label("embeddings").check()
     section(page, "Algorithm").get_by_label("Sigma0").fill("0.2")
     objective = item(page, "Objective 1")
-    objective.get_by_label("Column of text").fill("word")
+    objective.get_by_label("Column of text", exact=True).fill("word")
     objective.get_by_label("Constraint").check()
     objective.get_by_label("At most").fill("0.9")
     page.get_by_role("button", name="Submit").click()
@@ -95,7 +95,9 @@ def test_messages_stand_beside_the_fields(service: Service, tab: Tab) -> None:
     evaluations = section(page, "Budget").get_by_label("Evaluations")
     evaluations.fill("0")
     evaluations.blur()
-    expect(section(page, "Budget").locator(".problem:visible")).to_have_text("Must be at least 1 and at most 10,000,000.")
+    expect(section(page, "Budget").locator(".problem:visible")).to_have_text(
+        "Must be at least 1 and at most 10,000,000."
+    )
 
 
 def test_the_servers_problems_stand_beside_the_fields(service: Service, tab: Tab) -> None:
@@ -153,7 +155,11 @@ def test_yaml_opens_in_the_form_and_back(service: Service, tab: Tab) -> None:
     page = open_form(tab, service)
     page.get_by_role("tab", name="YAML or JSON").click()
     changes = {
-        "merge": {"operator": "ties", "options": {"density": {"choices": [0.2, 0.5]}}, "granularity": {"modules": [["mlp"]]}},
+        "merge": {
+            "operator": "ties",
+            "options": {"density": {"choices": [0.2, 0.5]}},
+            "granularity": {"modules": [["mlp"]]},
+        },
         "algorithm": {"name": "cma_es", "options": {"population": 12}},
         "warm_starts": {"candidates": [{"label": "mine", "coefficients": {"language": 0.5, "polarity": [0.1] * 16}}]},
         "workers": {"count": 2},
@@ -171,9 +177,11 @@ def test_yaml_opens_in_the_form_and_back(service: Service, tab: Tab) -> None:
 
 def test_clone_is_prefilled_and_remembers_its_origin(start_service: StartService, tab: Tab) -> None:
     service = start_service(work=False)
-    original = service.submit(algorithm={"name": "cma_es", "options": {"sigma0": 0.3}}, budget={"evaluations": 40, "patience": 9})
+    original = service.submit(
+        algorithm={"name": "cma_es", "options": {"sigma0": 0.3}}, budget={"evaluations": 40, "patience": 9}
+    )
     page = tab.page
-    page.goto(f"{service.url}#/jobs/{original.id}")
+    tab.open(f"{service.url}#/jobs/{original.id}")
     page.get_by_role("button", name="Clone").click()
     expect(page.get_by_role("heading", name="Clone “three word tasks”")).to_be_visible()
     expect(section(page, "Algorithm").get_by_label("Sigma0")).to_have_value("0.3")

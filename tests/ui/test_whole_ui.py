@@ -25,10 +25,10 @@ def test_no_page_overflows_a_phone(service: Service, phone: Tab) -> None:
     page = phone.page
     job = service.submit(name="a rather long name of a job that does not fit a phone " * 2)
     service.allow(10)
-    page.goto(service.url)
+    phone.open(service.url)
     expect(page.locator(".job-row")).to_have_count(1)
     assert overflow(page) <= 0
-    page.goto(f"{service.url}#/jobs/{job.id}?candidate=3")
+    phone.open(f"{service.url}#/jobs/{job.id}?candidate=3")
     phone.front_points(10)
     expect(page.locator(".heat")).to_be_visible()
     page.get_by_role("heading", name="Job spec").click()
@@ -37,7 +37,7 @@ def test_no_page_overflows_a_phone(service: Service, phone: Tab) -> None:
     expect(page.get_by_role("dialog")).to_be_visible()
     assert overflow(page) <= 0
     page.keyboard.press("Escape")
-    page.goto(f"{service.url}#/new")
+    phone.open(f"{service.url}#/new")
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_text("problems to put right")).to_be_visible()
     assert overflow(page) <= 0
@@ -47,7 +47,7 @@ def test_by_keyboard_alone(service: Service, tab: Tab) -> None:
     page, keys = tab.page, tab.page.keyboard
     job = service.submit()
     service.allow(6)
-    page.goto(service.url)
+    tab.open(service.url)
     expect(page.locator(".job-row")).to_have_count(1)
     keys.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
@@ -83,14 +83,14 @@ def test_names_and_labels_are_never_markup(service: Service, tab: Tab) -> None:
     candidates = [{"label": HOSTILE, "coefficients": {"language": 0.5}}]
     job = service.submit(name=HOSTILE, warm_starts={"candidates": candidates})
     service.allow(8)
-    page.goto(service.url)
+    tab.open(service.url)
     expect(page.locator(".job-name")).to_have_text(HOSTILE)
-    page.goto(f"{service.url}#/jobs/{job.id}?candidate=0")
+    tab.open(f"{service.url}#/jobs/{job.id}?candidate=0")
     tab.front_points(8)
     expect(page.get_by_role("heading", level=1)).to_have_text(HOSTILE)
     expect(page.locator(".candidate-card h3")).to_contain_text(HOSTILE)
     expect(page.locator(".plot-front .textpoint").filter(has_text="<img")).to_have_count(1)
-    page.goto(f"{service.url}#/new?clone={job.id}")
+    tab.open(f"{service.url}#/new?clone={job.id}")
     expect(page.get_by_role("heading", level=1)).to_contain_text(HOSTILE)
     assert page.evaluate("window.hacked") is None
     assert page.locator("main img, main script").count() == 0
@@ -99,7 +99,7 @@ def test_names_and_labels_are_never_markup(service: Service, tab: Tab) -> None:
 def test_the_theme_follows_the_system_and_the_button(service: Service, open_tab: OpenTab) -> None:
     tab = open_tab(color_scheme="dark")
     page = tab.page
-    page.goto(service.url)
+    tab.open(service.url)
     root = page.locator("html")
     expect(root).to_have_attribute("data-theme", "dark")
     page.emulate_media(color_scheme="light")
@@ -117,7 +117,7 @@ def test_asks_for_a_token(start_service: StartService, tab: Tab) -> None:
     _, secret = service.store.create_token("me")
     job = service.submit(name="guarded")
     page = tab.page
-    page.goto(service.url)
+    tab.open(service.url)
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("needs an access token")
     dialog.get_by_label("Token").fill("wrong")
@@ -138,7 +138,7 @@ def test_without_a_token_nothing_is_shown(start_service: StartService, tab: Tab)
     tab.expected.append("401")
     service = start_service(require_token="always")
     service.submit(name="guarded")
-    tab.page.goto(service.url)
+    tab.open(service.url)
     tab.page.get_by_role("button", name="Cancel").click()
     expect(tab.page.get_by_role("heading", name="An access token is needed")).to_be_visible()
     expect(tab.page.get_by_text("guarded")).to_have_count(0)
@@ -151,7 +151,7 @@ def test_a_lost_connection_shows_and_heals(tmp_path: Path, tab: Tab) -> None:
     with running_service(tmp_path) as service:
         job = service.submit()
         service.allow(6)
-        page.goto(f"{service.url}#/jobs/{job.id}")
+        tab.open(f"{service.url}#/jobs/{job.id}")
         tab.front_points(6)
         expect(stream).to_have_text("Live")
     expect(stream).to_have_text("Reconnecting…")
@@ -188,7 +188,7 @@ def test_the_end_of_a_long_log_is_found(start_service: StartService, tab: Tab) -
         )
 
     service.store.add_candidates(lease, [candidate(index) for index in range(2345)])
-    tab.page.goto(f"{service.url}#/jobs/{job.id}")
+    tab.open(f"{service.url}#/jobs/{job.id}")
     log = tab.page.locator(".log li")
     expect(log).to_have_count(200)
     expect(log.last).to_contain_text("Proposed #2344 (generation 2344)")
@@ -205,15 +205,17 @@ TRICKY: list[Any] = [
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_yaml_is_written_so_that_it_reads_back(service: Service, tab: Tab, nested: bool) -> None:
-    data = {"items": [{"v": value, "w": [value, {"x": value}]} if nested else value for value in TRICKY]}
+    data: dict[str, Any] = {
+        "items": [{"v": value, "w": [value, {"x": value}]} if nested else value for value in TRICKY]
+    }
     data |= {str(value): value for value in TRICKY if isinstance(value, str)}
-    tab.page.goto(service.url)
+    tab.open(service.url)
     write = "async (data) => (await import('/ui/js/core/yaml.js')).toYaml(data)"
     assert yaml.safe_load(tab.page.evaluate(write, data)) == data
 
 
 def test_events_are_read_whatever_the_chunks(service: Service, tab: Tab) -> None:
-    tab.page.goto(service.url)
+    tab.open(service.url)
     text = ': hi\nretry: 5\n\nid: 1\nevent: a\ndata: {"x":\ndata: 1}\n\nid: 2\r\ndata:no space\r\n\r\ndata: last\n\n'
     read = """async ([text, size]) => {
         const { parser } = await import("/ui/js/core/stream.js");

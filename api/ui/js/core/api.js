@@ -51,12 +51,17 @@ export function address(path, query = {}) {
   return url;
 }
 
-async function send(url, options) {
+const RETRY_MS = 400;
+
+/** Send a request; one that only reads is tried twice, as when the machine changes its network. */
+async function send(url, options, tries = options.method === "GET" ? 2 : 1) {
   try {
     return await fetch(url, { ...options, headers: { Accept: "application/json", ...options.headers, ...authorization() } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, { code: "unreachable", message: "The server cannot be reached.", remedy: "Is it running?" });
+    if (tries === 1) throw new ApiError(0, { code: "unreachable", message: "The server cannot be reached.", remedy: "Is it running?" });
+    await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
+    return send(url, options, tries - 1);
   }
 }
 

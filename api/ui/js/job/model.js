@@ -61,6 +61,8 @@ export class JobModel {
 
   async loadFront() {
     this.front = await get(jobPath(this.id, "/front"), { limit: DRAWN_POINTS }, this.page.signal);
+    const { front, baselines, dominated } = this.front;
+    this.drawn = new Set([...front, ...baselines, ...dominated].map((point) => point.index));
   }
 
   async loadProgression() {
@@ -156,7 +158,8 @@ export class JobModel {
     }
     const { dominated } = this.front;
     if (onFront || this.foreign.has(index) || dominated.length >= DRAWN_POINTS) this.refreshFront();
-    else {
+    else if (!this.drawn.has(index)) {
+      this.drawn.add(index); // an answer of the server may know more than the events that have come so far
       dominated.push({ index, values, on_front: false, label: null, origin: "algorithm", violation: 0 });
       this.front.total += 1;
       this.topics.touch("front");
