@@ -334,7 +334,7 @@ class _Feed:
     def connected(self, response: httpx.Response) -> None:
         """Note that a connection was made, or raise what the server answered."""
         _check(response)
-        self._failures = 0
+        self._failures, self._state = 0, None
 
     def take(self, sse: ServerSentEvent) -> Iterator[EventView]:
         """Yield the event that was received, unless it is a comment."""

@@ -119,9 +119,13 @@ def load_rows(data: DataSpec, path: Path, field: str) -> Rows:
         items = [row for _, row in kept]
         digest = digest_of(items)
     except OSError as error:
-        raise InvalidData(f"{path.name!r} cannot be read: {error}", field=f"{field}.path") from error
+        raise InvalidData(
+            f"{path.name!r} cannot be read: {error}", field=f"{field}.path", remedy="check that the server may read it"
+        ) from error
     if not kept:
-        raise InvalidData(f"{path.name!r} has no rows", field=f"{field}.path")
+        raise InvalidData(
+            f"{path.name!r} has no rows", field=f"{field}.path", remedy="give at least one item, or another split"
+        )
     out = Rows(items, [place for place, _ in kept], data.columns, field, digest, source.classes)
     for role, column in data.columns.items():
         if column not in out.names:
@@ -167,7 +171,9 @@ def _open(path: Path, split: str | None, field: str) -> Source:
     if path.is_file():
         return _by_column(read_file(path, where), split, field)
     if not path.is_dir():
-        raise InvalidData(f"there is no file or directory {path.name!r}", field=where)
+        raise InvalidData(
+            f"there is no file or directory {path.name!r}", field=where, remedy="check the spelling, or upload it first"
+        )
     if (path / "state.json").is_file():
         return _by_column(read_saved(path, where), split, field)
     saved = {name: path / name for name in subdirectories(path) if (path / name / "state.json").is_file()}

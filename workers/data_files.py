@@ -69,7 +69,9 @@ def read_saved(directory: Path, where: str) -> Source:
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidData(
-            f"{directory.name}/state.json is not one of `datasets.save_to_disk`: {error!r}", field=where
+            f"{directory.name}/state.json is not one of `datasets.save_to_disk`: {error!r}",
+            field=where,
+            remedy="write the data set again with save_to_disk",
         ) from error
     files = [file_inside(directory, directory / name, where) for name in names]
     classes: dict[str, list[str]] = {}
@@ -98,7 +100,7 @@ def file_inside(root: Path, path: Path, where: str) -> Path:
     """Like `inside`, for a path that must be a regular file; else raises `InvalidData`."""
     resolved = inside(root, path, where)
     if not resolved.is_file():
-        raise InvalidData(f"{path.name!r} is no regular file", field=where)
+        raise InvalidData(f"{path.name!r} is no regular file", field=where, remedy="name a file or a directory")
     return resolved
 
 
@@ -114,10 +116,16 @@ def _jsonl_rows(path: Path, where: str) -> PlacedRows:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_not_json)
             except (ValueError, RecursionError) as error:
-                raise InvalidData(f"{path.name}, line {number}: not JSON: {error}", field=where) from error
+                raise InvalidData(
+                    f"{path.name}, line {number}: not JSON: {error}",
+                    field=where,
+                    remedy="write one JSON object a line, in UTF-8",
+                ) from error
             if not isinstance(row, dict):
                 raise InvalidData(
-                    f"{path.name}, line {number}: a JSON object is needed, not {type(row).__name__}", field=where
+                    f"{path.name}, line {number}: a JSON object is needed, not {type(row).__name__}",
+                    field=where,
+                    remedy="write one JSON object a line, with the column names as keys",
                 )
             yield f"line {number}", row
 
@@ -136,7 +144,9 @@ def _csv_rows(path: Path, where: str) -> PlacedRows:
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
-                raise InvalidData(f"{path.name}: two columns of the header have the same name", field=where)
+                raise InvalidData(
+                    f"{path.name}: two columns of the header have the same name", field=where, remedy="rename one"
+                )
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise InvalidData(
@@ -148,7 +158,9 @@ def _csv_rows(path: Path, where: str) -> PlacedRows:
                     yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise InvalidData(
-                f"{path.name}, after line {reader.line_num}: not CSV in UTF-8: {error}", field=where
+                f"{path.name}, after line {reader.line_num}: not CSV in UTF-8: {error}",
+                field=where,
+                remedy="save it as comma-separated values in UTF-8",
             ) from error
 
 
@@ -200,7 +212,9 @@ def _arrow_errors(path: Path, where: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
-        raise InvalidData(f"{path.name} is not a sound {kind} file: {error}", field=where) from error
+        raise InvalidData(
+            f"{path.name} is not a sound {kind} file: {error}", field=where, remedy="write or copy it again"
+        ) from error
 
 
 READERS: dict[str, Callable[[Path, str], Source]] = {

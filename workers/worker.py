@@ -48,7 +48,7 @@ class EvaluationWorker:
         device = _device(spec.workers.device)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
         checkpoints = open_checkpoints(spec, roots)
-        engine = MergeEngine(checkpoints, problem.layout)
+        engine = MergeEngine(checkpoints, problem.layout, keep_on=device if device.type == "cuda" else None)
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
         self._measures = _measures(spec, problem, make_evaluators(spec, roots, checkpoints))
@@ -102,7 +102,9 @@ def _device(wanted: str) -> torch.device:
         raise InvalidInput(
             "this worker has no GPU", field="workers.device", remedy="use `auto` or `cpu`, or ask for `workers.gpus`"
         )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _measures(spec: JobSpec, problem: Problem, evaluators: list[Evaluator]) -> list[_Measure]:

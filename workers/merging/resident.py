@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from optimizer.errors import InvalidCheckpoint, InvalidInput
 from optimizer.geometry import Layout
@@ -21,6 +19,7 @@ from workers.checkpoints import Checkpoint
 from workers.compatibility import head_tensors
 from workers.merging.engine import MergeEngine
 from workers.naming import canonical_names
+from workers.quiet import quiet
 
 UNUSED_POOLER = ("AutoModel", "pooler.")
 """Only the pooler of a headless model may be missing: nobody who asks for hidden states reads it. It is filled with NaN,
@@ -169,7 +168,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         InvalidCheckpoint: transformers refuses it.
     """
     try:
-        with _quiet():
+        with quiet(logging.CRITICAL):  # what its loading reports say is checked here
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 checkpoint.path, trust_remote_code=False, local_files_only=True
             )
@@ -204,7 +203,7 @@ def _load(
 ) -> tuple[PreTrainedModel, set[str]]:
     """Load tensors on the CPU into a new model; returns it and the parameters that none of them filled."""
     try:
-        with _quiet():
+        with quiet(logging.CRITICAL):  # what its loading reports say is checked here
             loaded: Any = model_class.from_pretrained(
                 None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
@@ -238,17 +237,3 @@ def _probe(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.cpu()
     return torch.full([1] * tensor.dim(), float("nan"), dtype=tensor.dtype).expand(tensor.shape)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading reports and progress bars out of the log: what they say is checked here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from optimizer.algorithms import ALGORITHMS, Outcome
 from optimizer.algorithms.base import parse_options
 from optimizer.algorithms.nevergrad_search import Nevergrad, OptimizerName
 from optimizer.errors import InvalidInput
-from optimizer.space import Genome
+from optimizer.space import Genome, SearchSpace, Variable
 from optimizer.spec import AlgorithmSpec
 from tests.optimizer.algorithms.driving import (
     Case,
@@ -234,12 +234,21 @@ def test_recorded_genomes_that_are_not_its_own_are_taken_in(case: Case) -> None:
     replay(case.make(context), log)
 
 
+@pytest.mark.parametrize("dim", [1, 3])
 @every_case
-def test_constant_losses_do_not_stop_it(case: Case) -> None:
-    space = reals(3)
+def test_constant_losses_do_not_stop_it(case: Case, dim: int) -> None:
+    space = reals(dim)
     algorithm = case.make(make_context(space, parallel=2))
     log = drive(algorithm, lambda index, genome, own: Outcome(index, genome, np.array([0.5]), own=own), 400)
     assert_inside(log, space.low, space.high)
+
+
+@every_case
+def test_a_single_choice(case: Case) -> None:
+    space = SearchSpace((Variable("operator", 0.0, 3.0, "choice", ("a", "b", "c")),))
+    log = drive(case.make(make_context(space)), clean(lambda genome: np.array([float(genome[0] < 2)])), 200)
+    assert_inside(log, space.low, space.high)
+    assert best_loss(log) == 0.0
 
 
 @every_case
