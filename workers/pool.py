@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 
 def _given_up(task: Task, attempts: int, error: MergeoptError) -> Result:
     return Result(task.index, failure=Failure(error.code, f"{error} in each of {attempts} attempts"))
+
+
+def _too_long(limit_s: float) -> EvaluationTimeout:
+    return EvaluationTimeout(f"the evaluation took longer than {limit_s:g} s")
 
 
 # --- in this process --------------------------------------------------------------------------------------------------
@@ -113,12 +118,13 @@ class LocalPool:
 
     def _attempt(self, worker: EvaluationWorker, task: Task) -> Result:
         """Evaluate a task, again if it took too long; a thread cannot be killed, so evaluators look at the clock."""
+        failure: RetryableError = WorkerLost("the pool was closed")
         for _ in range(self._attempts):
             deadline = time.monotonic() + self._timeout_s
             try:
-                return worker.evaluate(task, lambda deadline=deadline: self._overdue(deadline))  # type: ignore[misc]
+                return worker.evaluate(task, partial(self._overdue, deadline))
             except RetryableError as error:
-                failure = error
+                failure = error if time.monotonic() < deadline else _too_long(self._timeout_s)
                 if self._closed.is_set():
                     break
         return _given_up(task, self._attempts, failure)
@@ -311,7 +317,7 @@ class RayPool:
         limit = self._spec.workers.timeout_s
         if slot.task is None or slot.ref is None or time.monotonic() - slot.since < limit:
             return []
-        return self._lost(slot, EvaluationTimeout(f"the evaluation took longer than {limit:g} s"))
+        return self._lost(slot, _too_long(limit))
 
     def _check_started(self) -> None:
         if not self._ever_ready and time.monotonic() - self._opened > self._start_timeout_s:

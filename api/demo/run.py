@@ -24,7 +24,7 @@ from api.views import FrontView, JobView
 from optimizer.errors import JobError
 from optimizer.recipe import Recipe
 from optimizer.spec import JobSpec
-from workers.demo.experts import TRAININGS, cached, copy_base, train
+from workers.demo.experts import TRAININGS, cached, copy_base, train_all
 from workers.demo.tasks import Task, make_tasks, write_split
 
 FRONT_ROWS = 8
@@ -86,19 +86,18 @@ def prepare_inputs(home: Path, progress: Progress) -> list[Task]:
         write_split(home / "data" / task.name / "test.jsonl", task.test)
     copy_base(home / "models" / "base")
     by_name = {task.name: task for task in tasks}
+    bars, missing = {}, []
     for training in TRAININGS:
-        out = home / "models" / training.name
-        bar = progress.add_task(f"expert {training.name}", total=training.steps)
-        if cached(training, by_name[training.task], out):
-            progress.update(bar, completed=training.steps)
-            continue
-        train(
-            training,
-            by_name[training.task],
-            home / "models" / "base",
-            out,
-            lambda steps, bar=bar: progress.advance(bar, steps),  # type: ignore[misc]
+        task, out = by_name[training.task], home / "models" / training.name
+        ready = cached(training, task, out)
+        bars[training.name] = progress.add_task(
+            f"expert {training.name}", total=training.steps, completed=training.steps if ready else 0
         )
+        if not ready:
+            missing.append((training, task, out))
+    if missing:
+        processes = max(1, min(len(missing), os.cpu_count() or 1))
+        train_all(missing, home / "models" / "base", lambda name, n: progress.advance(bars[name], n), processes)
     return tasks
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from api.views import JobView
 from tests.ui.conftest import StartService, Tab
@@ -29,7 +27,7 @@ def state(page: Page, text: str) -> None:
     expect(page.locator("#job-state")).to_have_text(text)
 
 
-def rows(page: Page) -> Any:
+def rows(page: Page) -> Locator:
     return page.get_by_role("group", name="Table of candidates").locator("tbody tr")
 
 
@@ -237,16 +235,30 @@ def test_enqueue(service: Service, tab: Tab, job: JobView) -> None:
     expect(page.locator(".heat tbody tr").nth(3)).to_contain_text("0.60")
 
 
-def test_an_enqueued_candidate_that_does_not_fit_is_rejected_visibly(service: Service, tab: Tab, job: JobView) -> None:
+def enqueue_genome(page: Page, numbers: str) -> Locator:
+    page.get_by_role("button", name="Enqueue").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("button", name="Genome").click()
+    dialog.get_by_role("textbox", name="Genome").fill(numbers)
+    dialog.get_by_role("button", name="Enqueue").click()
+    return dialog
+
+
+def test_a_candidate_that_does_not_fit_is_refused_in_the_dialog(service: Service, tab: Tab, job: JobView) -> None:
+    tab.expected.append("422")
     service.allow(6)
     page = open_job(tab, service, job)
     tab.front_points(6)
-    page.get_by_role("button", name="Enqueue").click()
-    page.get_by_role("button", name="Genome").click()
-    page.get_by_role("textbox", name="Genome").fill("1, 2, 3")
-    page.get_by_role("dialog").get_by_role("button", name="Enqueue").click()
-    service.allow(1)
+    expect(enqueue_genome(page, "1, 2, 3").get_by_role("alert")).to_contain_text("the genome has 3 numbers")
+
+
+def test_a_candidate_that_turns_out_not_to_fit_is_rejected_visibly(start_service: StartService, tab: Tab) -> None:
+    service = start_service(work=False)
+    page = open_job(tab, service, service.submit())
+    expect(enqueue_genome(page, "1, 2, 3")).to_have_count(0)  # nobody knows the search space yet
+    start_service()
     expect(page.locator(".toast").filter(has_text="rejected")).to_contain_text("3 numbers")
+    expect(page.get_by_role("log")).to_contain_text("An enqueued candidate was rejected")
 
 
 def test_export_reaches_completed(service: Service, tab: Tab, job: JobView) -> None:
