@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -84,25 +85,28 @@ def best_of(front: FrontView, job: JobView, rows: Sequence[Row]) -> dict[str, Ro
 
 def print_table(
     console: Console,
-    tasks: Sequence[str],
     experts: Mapping[str, float],
     baselines: Sequence[Row],
     front: Sequence[Row],
     best: Mapping[str, Row],
 ) -> None:
-    """Print accuracies on the test split; in brackets, relative to the task's own expert."""
-    table = Table(title="Accuracy on test data that no search saw (in brackets: relative to the task's expert)")
-    table.add_column("model")
-    for name in (*tasks, "mean", "worst task"):
-        table.add_column(name, justify="right")
+    """Print accuracies on the test split, each also as a share of what the task's own expert reaches."""
+    table = Table(
+        title="Accuracy on test data that no search saw; beside it, relative to the task's own expert",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    table.add_column("model", no_wrap=True)
+    for name in (*experts, "mean", "worst task"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in baselines:
         table.add_row(*_cells(row.name, row, experts))
     table.add_section()
     marked = {id(best["mean"]): "best by mean", id(best["worst"]): "best by worst task"}
     if best["mean"] is best["worst"]:
-        marked = {id(best["mean"]): "best by mean and worst task"}
+        marked = {id(best["mean"]): "best by both"}
     for row in sorted(front, key=lambda row: id(row) not in marked):
-        name = f"{row.name}, {marked[id(row)]}" if id(row) in marked else row.name
+        name = f"{marked.get(id(row), 'front')} #{row.candidate}"
         table.add_row(*_cells(name, row, experts), style="bold green" if id(row) in marked else None)
     console.print(table)
 
@@ -127,5 +131,5 @@ def verdict(
 
 def _cells(name: str, row: Row, experts: Mapping[str, float]) -> list[str]:
     normalised = row.normalised(experts)
-    shown = [f"{score:.3f} ({part:.2f})" for score, part in zip(row.scores, normalised, strict=True)]
-    return [name, *shown, f"{row.mean:.3f} ({np.mean(normalised):.2f})", f"{row.worst:.3f} ({min(normalised):.2f})"]
+    pairs = [*zip(row.scores, normalised, strict=True), (row.mean, np.mean(normalised)), (row.worst, min(normalised))]
+    return [name, *(f"{score:.3f} {part:4.0%}" for score, part in pairs)]

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from api.client import Client
+from api.commands.live import LiveJob
 from api.demo.job import SEARCH_ITEMS, TEST_ITEMS, job_spec
 from api.demo.report import Row, best_of, front_sample, print_table, verdict
 from api.demo.scoring import Scorer, baselines, choose
@@ -61,7 +62,7 @@ def run(home: Path, console: Console, evaluations: int | None = None) -> int:
         verified = _verify(exported, best["mean"], tasks, home, console)
     experts = {task.name: score for task, score in _own_scores(tasks, base_rows)}
     names = [task.name for task in tasks]
-    print_table(console, names, experts, base_rows, rows, best)
+    print_table(console, experts, base_rows, rows, best)
     won = verdict(console, base_rows, best, experts)
     seconds = time.monotonic() - began
     result = {
@@ -151,17 +152,9 @@ def _search(client: Client, spec: JobSpec, console: Console) -> JobView:
     """Submit the job and show its progress until it has ended."""
     job = client.submit(spec)
     console.print(f"Watch the Pareto front grow: [link]{client.url}/ui/#/jobs/{job.id}[/link]")
-    with _progress(console) as progress:
-        bar = progress.add_task("search (loading workers)", total=job.progress.budget)
-        best = [float("inf")] * len(job.objectives)
+    with LiveJob(console, client.get_job) as live:
         for event in client.watch(job.id):
-            if event.type == "candidate.evaluated":
-                counters = event.data["progress"]
-                best = [min(pair) for pair in zip(best, event.data["values"] or best, strict=True)]
-                shown = " ".join(f"{value:.2f}" for value in best)
-                progress.update(
-                    bar, completed=counters["completed"] + counters["failed"], description=f"best losses {shown}"
-                )
+            live.push(event)
     job = client.get_job(job.id)
     if job.state != "completed":
         raise JobError(f"the job ended as {job.state}: {job.reason}")
@@ -189,7 +182,7 @@ def _score_front(recipes: dict[int, Recipe], test: Scorer, progress: Progress) -
     bar = progress.add_task("the front, on test data", total=len(recipes))
     rows = []
     for index, recipe in recipes.items():
-        rows.append(Row(f"candidate {index}", test(recipe), index))
+        rows.append(Row(f"#{index}", test(recipe), index))
         progress.advance(bar)
     return rows
 

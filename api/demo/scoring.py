@@ -63,9 +63,9 @@ def baselines(problem: Problem) -> list[Baseline]:
         Baseline("base", [Recipe(models=problem.models, root=Leaf(model="base"))]),
         *(Baseline(f"expert {name}", [Recipe(models=problem.models, root=Leaf(model=name))]) for name in experts),
         Baseline("uniform soup", [uniform]),
-        Baseline("task arithmetic (grid)", [_merge(problem, "task_arithmetic", value) for value in GRID]),
+        Baseline("task arithmetic, grid", [_merge(problem, "task_arithmetic", value) for value in GRID]),
         # Yadav et al., 2306.01708: keep the top 20 %, λ = 1.
-        Baseline("TIES (defaults)", [_merge(problem, "ties", 1.0, density=0.2)]),
+        Baseline("TIES, defaults", [_merge(problem, "ties", 1.0, density=0.2)]),
     ]
 
 

@@ -218,7 +218,7 @@ def running_service(
 
     Args:
         root: directory for its database, ``ui.db``.
-        fail_every: every how manieth candidate fails; 0 for none.
+        fail_every: n, when every n-th candidate fails; 0 for none.
         work: whether a controller runs jobs.
         port: to listen on; 0 takes a free one.
         settings: that differ from the tests' defaults.

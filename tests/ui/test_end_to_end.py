@@ -29,12 +29,12 @@ def test_submit_watch_pause_resume_open_enqueue_export(tab: Tab, tmp_path: Path)
         job_id = client.list_jobs().items[0].id
 
         # Points appear by themselves.
-        page.wait_for_function("document.querySelectorAll('.plot-front .points path').length >= 2")
+        page.wait_for_function("() => document.querySelectorAll('.plot-front .points path').length >= 2")
         page.get_by_role("button", name="Pause").click()
         expect(page.locator("main").get_by_text("paused", exact=False).first).to_be_visible(timeout=60_000)
         page.get_by_role("button", name="Resume").click()
 
-        page.get_by_role("button", name="Show candidate 3").click()
+        page.get_by_role("button", name="Show candidate 3", exact=True).click()
         expect(page.locator(".heat")).to_be_visible()
         client.enqueue(job_id, {"label": "mine", "coefficients": {"colour": 0.5, "shape": 0.5}})
         assert client.wait(job_id).state == "completed"

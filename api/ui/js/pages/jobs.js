@@ -21,9 +21,12 @@ export async function jobsPage(page) {
   const more = button("Load more", () => load(false).catch(showError), { hidden: true });
   const summary = h("p", { class: "muted small", role: "status" });
   let cursor = null;
+  let turn = 0;
 
   async function load(fresh) {
+    const mine = ++turn;
     const answer = await get("jobs", { ...filter, limit: PAGE, cursor: fresh ? null : cursor }, page.signal);
+    if (mine !== turn) return; // the filter has changed meanwhile
     if (fresh) {
       rows.clear();
       list.replaceChildren();

@@ -37,7 +37,7 @@ export async function newJobPage(page) {
   const form = jobForm(schema, { algorithms, operators, evaluators });
   if (original) form.write(original.spec);
   const pasted = pasteTab(original);
-  const tabs = makeTabs([["form", "Form", form.node], ["text", "YAML or JSON", pasted.node]]);
+  const tabs = makeTabs([["form", "Form", form.node], ["text", "Paste YAML or JSON", pasted.node]]);
   const result = h("div", { class: "result", role: "status", tabindex: "-1" });
   const keyed = idempotency();
 
@@ -196,7 +196,7 @@ function pasteTab(original) {
 function makeTabs(entries) {
   const tabs = entries.map(([name, text]) => h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}`, onclick: () => api.select(name) }, text));
   const panels = entries.map(([name, , node]) => h("div", { role: "tabpanel", id: `panel-${name}`, "aria-labelledby": `tab-${name}` }, node));
-  const list = h("div", { class: "segmented", role: "tablist", "aria-label": "How to give the job spec" }, tabs);
+  const list = h("div", { class: "segmented", role: "tablist", "aria-label": "Form or text" }, tabs);
   let current = entries[0][0];
   const api = {
     list,
