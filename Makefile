@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves. `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build that the tests ran with. GPU: `make setup CONSTRAINTS=` takes the registry's CUDA build.
+# The versions that the tests ran with. GPU: `make setup CONSTRAINTS=` lets pip choose the registry's CUDA build.
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

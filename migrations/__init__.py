@@ -10,6 +10,7 @@ A new revision, made from what differs between the models and a database at the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from api.store.engine import make_engine, writing
+
+# At INFO it tells of every look at a revision, and the readiness check looks often.
+logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
 
 # Any fixed number will do: it keeps two processes that start together from migrating at once.
 _LOCK = 0x6D69677261746573

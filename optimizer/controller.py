@@ -17,10 +17,9 @@ from optimizer.errors import (
     InfeasibleCandidate,
     InputsChanged,
     InvalidInput,
-    JobError,
     LeaseLost,
     MergeoptError,
-    UserError,
+    RetryableError,
 )
 from optimizer.fitness.aggregate import aggregate, violation
 from optimizer.ports import (
@@ -49,11 +48,13 @@ class ControllerConfig:
         owner: name written into leases, for humans.
         lease_ttl_s: how long a job stays with a controller that shows no sign of life.
         poll_s: how long the loop waits for results before it looks at requests and enqueued candidates again.
+        retry_s: how long a job waits when its workers cannot be had, before it is claimable again.
     """
 
     owner: str
     lease_ttl_s: float = 30.0
     poll_s: float = 0.2
+    retry_s: float = 5.0
 
 
 class Controller:
@@ -126,8 +127,11 @@ class JobRun:
             return self._search(keeper)
         except LeaseLost:
             raise
-        except (JobError, UserError) as error:
-            return "failed", str(error)
+        except RetryableError as error:
+            # The job is sound, its workers cannot be had for now: whoever claims it next goes on where it stands.
+            log.warning("job %s has to wait: %s", self._lease.job_id, error)
+            self._stop.wait(self._config.retry_s)
+            return None
         except MergeoptError as error:
             return "failed", str(error)
         except Exception as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from optimizer.errors import InvalidCheckpoint
 from optimizer.geometry import Layout, make_layout
@@ -194,12 +195,21 @@ def _integer_findings(base: _Named, expert: _Named) -> list[Finding]:
 
 def _config_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     findings = []
+    defaults = _config_defaults(base)
     for field in sorted(base.config.keys() | expert.config.keys()):
-        mine, other = base.config.get(field), expert.config.get(field)
+        mine, other = (config.get(field, defaults.get(field)) for config in (base.config, expert.config))
         if mine != other and any(fnmatchcase(field, pattern) for pattern in FUNCTION_FIELDS):
             text = f"its config has {field} = {other!r}, the base's has {mine!r}"
             findings.append(Finding(severity="warning", model=expert.name, message=text))
     return findings
+
+
+def _config_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the fields that a config.json leaves out stand at; which ones it writes depends on the version that saved it."""
+    try:
+        return CONFIG_MAPPING[str(checkpoint.config.get("model_type"))]().to_dict()
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _tokenizer_findings(base: Path, expert: _Named) -> list[Finding]:

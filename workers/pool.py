@@ -171,7 +171,9 @@ class RayPoolFactory:
 
     def _connect(self) -> None:
         with self._lock:
-            if not ray.is_initialized():
+            if ray.is_initialized():
+                return
+            try:
                 # A dead cluster leaves an address file behind; "local" never looks at it.
                 ray.init(
                     address=self._address or "local",
@@ -180,6 +182,8 @@ class RayPoolFactory:
                     log_to_driver=False,
                     configure_logging=False,
                 )
+            except ConnectionError as error:
+                raise WorkerLost(f"the Ray cluster at {self._address} cannot be reached") from error
 
 
 def _check_fits(workers: Workers) -> None:

@@ -49,3 +49,4 @@ def test_submit_watch_pause_resume_open_enqueue_export(tab: Tab, tmp_path: Path)
         assert export.path is not None
         model = AutoModelForSequenceClassification.from_pretrained(export.path)
         assert model.config.num_labels == 2
+        page.close()  # before the service, whose end would cut the page's event stream

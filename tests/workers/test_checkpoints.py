@@ -420,6 +420,10 @@ class TestCompatibility:
         assert [finding.severity for finding in findings] == ["warning", "warning"]
         assert [finding.message.split()[3] for finding in findings] == ["hidden_act", "num_attention_heads"]
 
+    def test_what_a_config_leaves_out_is_its_default(self, base: Path, bert: Path, tmp_path: Path) -> None:
+        same = configured(bert, tmp_path / "same", is_decoder=False, hidden_act="gelu", layer_norm_eps=1e-12)
+        assert report(base, same) == []
+
     def test_another_tokenizer(self, base: Path, bert: Path, tmp_path: Path) -> None:
         odd = copied(bert, tmp_path / "odd")
         text = (odd / "tokenizer.json").read_text()

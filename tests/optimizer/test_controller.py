@@ -1,0 +1,228 @@
+"""The controller's loop on a real store; only the workers are stood in for, by functions of the genome."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from api.store.sql import SqlStore
+from api.views import JobView
+from optimizer.controller import Controller, ControllerConfig
+from optimizer.errors import JobError, WorkerLost
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.ports import EvaluationPool, Failure, Result, Task
+from optimizer.problem import Problem
+from optimizer.spec import CandidateInput, JobSpec
+from tests.factories import make_problem, make_spec
+
+Score = Callable[[np.ndarray[Any, Any]], dict[str, float] | Failure]
+
+
+def good(x: np.ndarray[Any, Any]) -> dict[str, float]:
+    return {"language": float(x.mean()), "polarity": float(((x - 0.5) ** 2).mean())}
+
+
+@dataclass
+class Pools:
+    """A pool factory whose workers apply ``score`` to the coefficients; ``open_error`` is raised instead of opening."""
+
+    score: Score = good
+    open_error: Exception | None = None
+    prepared: Callable[[JobSpec], Problem] = make_problem
+    delay_s: float = 0.0
+    evaluated: list[int] = field(default_factory=list)
+
+    def prepare(self, spec: JobSpec) -> Problem:
+        return self.prepared(spec)
+
+    def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
+        if self.open_error is not None:
+            raise self.open_error
+        return _Pool(self)
+
+    def close(self) -> None:
+        pass
+
+
+class _Pool:
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._todo: list[Task] = []
+
+    def submit(self, task: Task) -> None:
+        self._todo.append(task)
+
+    def wait(self, timeout_s: float) -> list[Result]:
+        if not self._todo:
+            time.sleep(timeout_s)
+            return []
+        time.sleep(self._pools.delay_s)
+        task = self._todo.pop()  # the last one first: arrival order must not matter
+        self._pools.evaluated.append(task.index)
+        found = self._pools.score(np.array(task.recipe["root"]["coefficients"]))
+        if isinstance(found, Failure):
+            return [Result(task.index, failure=found)]
+        return [Result(task.index, {n: ItemScores(np.full(4, v, dtype=np.float32)) for n, v in found.items()})]
+
+    def close(self) -> None:
+        self._todo.clear()
+
+
+@pytest.fixture
+def store(sqlite_url: str) -> Iterator[SqlStore]:
+    store = SqlStore(sqlite_url)
+    yield store
+    store.close()
+
+
+def controller(store: SqlStore, pools: Pools, **config: float) -> Controller:
+    return Controller(store, pools, ControllerConfig("test", **{"poll_s": 0.01, "retry_s": 0.0} | config))
+
+
+def run(store: SqlStore, pools: Pools, **changes: Any) -> JobView:
+    job, _ = store.create_job(make_spec(**changes))
+    assert controller(store, pools).run_next()
+    return store.get_job(job.id)
+
+
+def test_a_job_runs_to_the_end_of_its_budget(store: SqlStore) -> None:
+    job = run(store, Pools(), parallel_evaluations=3)
+    assert (job.state, job.progress.completed, job.progress.failed) == ("completed", 20, 0)
+    assert job.reason == "the budget of 20 evaluations is spent"
+    assert not controller(store, Pools()).run_next()
+
+
+@pytest.mark.parametrize("bad", [Failure("out_of_memory", "no"), {"language": float("nan"), "polarity": 0.0}, {}])
+def test_candidates_without_a_score_cost_only_themselves(store: SqlStore, bad: Any) -> None:
+    calls = iter(range(100))
+    job = run(store, Pools(score=lambda x: bad if next(calls) % 3 == 0 else good(x)))
+    assert job.state == "completed"
+    assert job.progress.failed == 7
+    assert job.progress.completed == 13
+    failed = next(c for c in store.list_candidates(job.id).items if c.state == "failed")
+    assert failed.failure is not None
+    assert failed.failure["code"] in {"out_of_memory", "infeasible"}
+
+
+def test_a_violated_constraint_keeps_a_candidate_off_the_front(store: SqlStore) -> None:
+    spec = make_spec().model_dump(mode="json")
+    spec["objectives"][0]["constraint"] = {"at_most": 0.5}
+    job = run(store, Pools(), objectives=spec["objectives"])
+    front = store.front(job.id).front
+    assert front
+    assert all(point.values[0] <= 0.5 for point in front)
+    assert any(c.violation > 0 for c in store.list_candidates(job.id).items)
+
+
+def test_a_job_whose_workers_cannot_be_had_waits_and_goes_on(store: SqlStore) -> None:
+    pools = Pools(open_error=WorkerLost("the cluster cannot be reached"))
+    job, _ = store.create_job(make_spec())
+    assert controller(store, pools).run_next()
+    assert store.get_job(job.id).state == "running"
+    pools.open_error = None
+    assert controller(store, pools).run_next()
+    assert store.get_job(job.id).state == "completed"
+
+
+@pytest.mark.parametrize("error", [JobError("no worker fits"), RuntimeError("a defect: no worker fits")])
+def test_a_job_that_cannot_go_on_fails_with_its_reason_and_can_be_resumed(store: SqlStore, error: Exception) -> None:
+    pools = Pools(open_error=error)
+    job = run(store, pools)
+    assert job.state == "failed"
+    assert "no worker fits" in str(job.reason)
+    pools.open_error = None
+    store.request(job.id, "run")
+    assert controller(store, pools).run_next()
+    assert store.get_job(job.id).state == "completed"
+
+
+def test_a_changed_checkpoint_is_found_on_resume(store: SqlStore) -> None:
+    pools = Pools(open_error=WorkerLost("later"))
+    job, _ = store.create_job(make_spec())
+    controller(store, pools).run_next()
+
+    def changed(spec: JobSpec) -> Problem:
+        problem = make_problem(spec)
+        models = problem.models | {"polarity": problem.models["polarity"].model_copy(update={"digest": "0" * 64})}
+        return problem.model_copy(update={"models": models})
+
+    pools.prepared, pools.open_error = changed, None
+    controller(store, pools).run_next()
+    failed = store.get_job(job.id)
+    assert failed.state == "failed"
+    assert "'polarity'" in str(failed.reason)
+    assert "changed" in str(failed.reason)
+
+
+def in_thread(controller: Controller) -> threading.Thread:
+    thread = threading.Thread(target=controller.run_next)
+    thread.start()
+    return thread
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stopping_a_controller_leaves_the_job_to_the_next(store: SqlStore) -> None:
+    pools = Pools(delay_s=0.02)
+    job, _ = store.create_job(make_spec(budget={"evaluations": 200}))
+    first = controller(store, pools)
+    thread = in_thread(first)
+    until(lambda: len(pools.evaluated) > 10)
+    first.stop()
+    thread.join(10)
+    assert store.get_job(job.id).state == "running"
+    done = set(pools.evaluated)
+    pools.delay_s = 0.0
+    assert controller(store, pools).run_next(), "claimable at once, without waiting for the lease to run out"
+    assert store.get_job(job.id).progress.completed == 200
+    assert len(pools.evaluated) <= 201
+    assert len(set(pools.evaluated)) == 200
+    assert done
+
+
+def test_a_controller_that_lost_its_lease_writes_nothing_more(store: SqlStore) -> None:
+    pools = Pools(delay_s=0.02)
+    job, _ = store.create_job(make_spec(budget={"evaluations": 100_000}))
+    thread = in_thread(controller(store, pools, lease_ttl_s=600))
+    until(lambda: store.get_job(job.id).progress.completed > 3)
+    with store.write() as session:  # as if this controller had been gone for ten minutes
+        from api.store.models import JobRow
+
+        row = session.get(JobRow, job.id)
+        assert row is not None
+        row.lease_token += 1
+    thread.join(30)
+    assert not thread.is_alive()
+    completed = store.get_job(job.id).progress.completed
+    time.sleep(0.1)
+    assert store.get_job(job.id).progress.completed == completed
+
+
+def test_wall_time_ends_a_job(store: SqlStore) -> None:
+    job = run(store, Pools(delay_s=0.02), budget={"evaluations": 100_000, "wall_time_s": 0.3})
+    assert job.state == "completed"
+    assert job.reason == "0.3 s of running time are over"
+    assert 0 < job.progress.completed < 100_000
+
+
+def test_candidates_enqueued_before_the_job_ran_are_taken_up_or_rejected(store: SqlStore) -> None:
+    job, _ = store.create_job(make_spec())
+    store.enqueue(job.id, CandidateInput(coefficients={"language": 0.5}, label="mine"))
+    store.enqueue(job.id, CandidateInput(coefficients={"nobody": 0.5}))
+    controller(store, Pools()).run_next()
+    mine = [c for c in store.list_candidates(job.id).items if c.label == "mine"]
+    assert [c.state for c in mine] == ["completed"]
+    rejected = [event for event in store.events(job.id, 0) if event.type == "candidate.rejected"]
+    assert len(rejected) == 1
+    assert "nobody" in rejected[0].data["message"]
