@@ -90,10 +90,9 @@ class Exporter:
 
     def _write(self, task: ExportTask, progress: Callable[[float], None]) -> Path:
         # torch is imported only where there is something to export: an API process stays small.
-        from workers.export import export_checkpoint
-
         from workers.checkpoints import open_checkpoints
         from workers.compatibility import inspect
+        from workers.export import export_checkpoint
         from workers.roots import Roots
 
         recipe = Recipe.parse(task.recipe)

@@ -142,11 +142,14 @@ class FrontView(View):
 
 
 class Progression(View):
-    """Best value so far of each objective, after each evaluated candidate at which one improved."""
+    """Best value so far of each objective, and of their weighted mean, at each evaluated candidate where one improved."""
 
     objectives: list[ObjectiveView]
     index: list[int]
     best: list[list[float]] = Field(description="One row for each entry of `index`, one number for each objective.")
+    loss: list[float] = Field(
+        description="For each entry of `index` the lowest weighted mean of the objectives so far, maximised ones negated."
+    )
 
 
 class EventView(View):

@@ -129,7 +129,9 @@ FRONT = FrontView(
     dominated=[Point(index=12, values=[0.8, 0.41], on_front=False)],
     total=21,
 )
-PROGRESSION = Progression(objectives=_OBJECTIVES, index=[0, 3, 17], best=[[1.4, 0.69], [0.8, 0.34], [0.63, 0.34]])
+PROGRESSION = Progression(
+    objectives=_OBJECTIVES, index=[0, 3, 17], best=[[1.4, 0.69], [0.8, 0.34], [0.63, 0.34]], loss=[1.05, 0.6, 0.52]
+)
 EVENT = EventView(
     id=42,
     job_id=_JOB_ID,

@@ -119,6 +119,7 @@ class Candidates(Database):
                 objectives=rendering.objectives(job),
                 index=[row.index for row in rows],
                 best=[row.best for row in rows],
+                loss=[row.loss for row in rows],
             )
 
     def enqueue(self, job_id: str, candidate: CandidateInput) -> int:

@@ -107,6 +107,7 @@ class JobRow(Base):
     duplicates: Mapped[int] = mapped_column(Integer, default=0)
     front: Mapped[int] = mapped_column(Integer, default=0)
     best: Mapped[list[float | None]]
+    best_loss: Mapped[float | None]
     elapsed_s: Mapped[float] = mapped_column(default=0.0)
 
     created_at: Mapped[datetime]
@@ -207,7 +208,7 @@ class ItemScoresRow(Base):
 
 
 class ImprovementRow(Base):
-    """The best values after the ``completed``-th score, at which one of them improved."""
+    """The best values after the ``completed``-th score, at which one of them or the weighted mean loss improved."""
 
     __tablename__ = "improvements"
 
@@ -215,6 +216,7 @@ class ImprovementRow(Base):
     completed: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     index: Mapped[int] = mapped_column(Integer)
     best: Mapped[list[float]]
+    loss: Mapped[float]
 
 
 class EnqueuedRow(Base):

@@ -119,14 +119,17 @@ def _join_front(session: Session, job: JobRow, values: list[float]) -> bool:
 
 
 def _note_improvement(session: Session, job: JobRow, index: int, values: list[float]) -> None:
-    """Keep the best value of each objective, and where one improved: the progression curve."""
+    """Keep the best value of each objective and the lowest mean loss, and where one improved: the progression curve."""
     best = [
         value if old is None or value * sign < old * sign else old
         for value, old, sign in zip(values, job.best, signs(job).tolist(), strict=True)
     ]
-    if best != job.best:
-        job.best = list(best)
-        session.add(ImprovementRow(job_id=job.id, completed=job.completed, index=index, best=best))
+    weights = np.array([objective["weight"] for objective in job.objectives])
+    loss = float(np.average(np.array(values) * signs(job), weights=weights))
+    lowest = loss if job.best_loss is None else min(loss, job.best_loss)
+    if (best, lowest) != (job.best, job.best_loss):
+        job.best, job.best_loss = list(best), lowest
+        session.add(ImprovementRow(job_id=job.id, completed=job.completed, index=index, best=best, loss=lowest))
 
 
 def _insert_items(session: Session, job: JobRow, evaluation: Evaluation) -> None:

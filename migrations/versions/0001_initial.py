@@ -34,6 +34,7 @@ def upgrade() -> None:
         sa.Column("duplicates", sa.Integer(), nullable=False),
         sa.Column("front", sa.Integer(), nullable=False),
         sa.Column("best", sa.JSON(), nullable=False),
+        sa.Column("best_loss", sa.Double(), nullable=True),
         sa.Column("elapsed_s", sa.Double(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
@@ -170,6 +171,7 @@ def upgrade() -> None:
         sa.Column("completed", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("index", sa.Integer(), nullable=False),
         sa.Column("best", sa.JSON(), nullable=False),
+        sa.Column("loss", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_improvements_job_id_jobs", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "completed", name="pk_improvements"),
     )

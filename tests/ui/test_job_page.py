@@ -212,7 +212,7 @@ def test_best_so_far(service: Service, tab: Tab, job: JobView) -> None:
         "n => document.querySelector('.plot-best').data?.every((one) => one.y.length === n + 1)", arg=len(curve.index)
     )
     drawn = page.evaluate("document.querySelector('.plot-best').data.map((one) => one.y.at(-1))")
-    assert drawn == curve.best[-1]
+    assert drawn == [curve.loss[-1], *curve.best[-1]]
 
 
 def test_enqueue(service: Service, tab: Tab, job: JobView) -> None:

@@ -122,7 +122,7 @@ class TestJobs:
             lambda: store.get_candidate("none", 0),
             lambda: store.front("none"),
             lambda: store.progression("none"),
-            lambda: store.enqueue("none", CandidateInput(genome=[0.0])),
+            lambda: store.enqueue("none", CandidateInput(genome=[0.0] * 8)),
             lambda: store.events("none", 0),
             lambda: store.create_export("none", 0, None),
             lambda: store.list_exports("none"),
@@ -250,7 +250,7 @@ class TestLeases:
     def test_fencing(self, store: SqlStore, write: Callable[[SqlStore, Lease], object], loss: str) -> None:
         stale = started(store)
         propose(store, stale, 1)
-        store.enqueue(stale.job_id, CandidateInput(genome=[0.0]))
+        store.enqueue(stale.job_id, CandidateInput(genome=[0.0] * 8))
         if loss == "taken over":
             store.renew(stale, 0, 1.0)
             claimed(store, owner="two")
@@ -512,13 +512,13 @@ def _losses(outcome: tuple[int, int, float] | None) -> list[float]:
 
 
 def _check_progression(store: SqlStore, job_id: str, losses: Any, order: list[int]) -> None:
-    best, expected = np.array([np.inf, np.inf]), []
+    best, lowest, expected = np.array([np.inf, np.inf]), np.inf, []
     for index, row in zip(order, losses, strict=True):
-        if (row < best).any():
-            best = np.fmin(best, row)
-            expected.append((index, (best * [-1, 1]).tolist()))
+        if (row < best).any() or row.mean() < lowest:
+            best, lowest = np.fmin(best, row), min(lowest, float(row.mean()))
+            expected.append((index, (best * [-1, 1]).tolist(), lowest))
     curve = store.progression(job_id)
-    assert list(zip(curve.index, curve.best, strict=True)) == expected
+    assert list(zip(curve.index, curve.best, curve.loss, strict=True)) == expected
 
 
 class TestPages:
@@ -623,10 +623,17 @@ class TestEnqueued:
 
     def test_before_the_job_runs_but_not_after(self, store: SqlStore) -> None:
         job, _ = store.create_job(SPEC)
-        assert store.enqueue(job.id, CandidateInput(genome=[0.0])) == 1
+        assert store.enqueue(job.id, CandidateInput(genome=[0.0] * 8)) == 1
         store.request(job.id, "cancel")
         with pytest.raises(Conflict):
-            store.enqueue(job.id, CandidateInput(genome=[0.0]))
+            store.enqueue(job.id, CandidateInput(genome=[0.0] * 8))
+
+    def test_what_the_space_does_not_have_is_refused_once_the_job_is_prepared(self, store: SqlStore) -> None:
+        lease = started(store)
+        for wrong in (CandidateInput(genome=[0.0]), CandidateInput(genome=[9.0] * 8)):
+            with pytest.raises(InvalidInput):
+                store.enqueue(lease.job_id, wrong)
+        assert store.enqueued(lease) == []
 
 
 class TestEvents:
@@ -635,7 +642,7 @@ class TestEvents:
         store.add_candidates(lease, [candidate(i, origin="warm_start", generation=-1) for i in range(2)])
         propose(store, lease, 2, first=2, generation=0)
         store.add_evaluation(lease, scored(1, [0.5, 0.25]))
-        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.reject_enqueued(lease, 1, Failure("invalid_input", "too short"))
         export = store.create_export(lease.job_id, 1, "language")
         store.set_state(lease, "failed", "why")
@@ -759,7 +766,7 @@ class TestDeletion:
         original = propose(store, lease, 2)[0]
         store.add_candidates(lease, [repeat(original, 2)])
         store.add_evaluation(lease, scored(0, [0.5, 0.5], items={"language": items([1.0])}))
-        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.create_export(lease.job_id, 0, None)
         task = store.claim_export("worker", TTL)
         assert task is not None
@@ -845,7 +852,7 @@ class TestCommitHook:
         propose(store, lease, 1)
         store.add_evaluation(lease, scored(0, [0.5, 0.5]))
         store.renew(lease, TTL, 1.0)
-        store.enqueue(lease.job_id, CandidateInput(genome=[0.0]))
+        store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.reject_enqueued(lease, 1, Failure("x", "y"))
         store.set_state(lease, "completed")
         store.close()

@@ -1,4 +1,5 @@
-// Best value so far of each objective, one strip below the other.
+// Best value so far of each objective, one strip below the other; above them their weighted mean, as no single
+// candidate needs to be best at any one objective for a search to get on.
 
 import { card, h } from "../core/dom.js";
 import { score } from "../core/format.js";
@@ -8,7 +9,7 @@ const GAP = 0.06;
 
 export function bestCurve(model, page) {
   const plot = h("div", { class: "plot plot-best", role: "img" });
-  plot.style.height = `${Math.max(300, 44 + 120 * model.objectives.length)}px`;
+  plot.style.height = `${Math.max(300, 44 + 120 * strips(model).length)}px`;
   const node = card("Best so far", null, plot);
   const draw = drawing(plot, page, () => figure(model), (point) => model.select(point.customdata));
   const update = () => {
@@ -21,13 +22,25 @@ export function bestCurve(model, page) {
   return node;
 }
 
-function figure({ progression, objectives, job }) {
-  const rows = objectives.length;
+function strips({ progression, objectives }) {
+  const each = objectives.map((objective, i) => ({ ...objective, values: progression.best.map((row) => row[i]) }));
+  if (each.length === 1) return each;
+  const same = (direction) => objectives.every((objective) => objective.direction === direction);
+  const mean = same("maximise")
+    ? { name: "weighted mean", direction: "maximise", values: progression.loss.map((loss) => -loss) }
+    : { name: same("minimise") ? "weighted mean" : "weighted mean loss", direction: "minimise", values: progression.loss };
+  return [mean, ...each];
+}
+
+function figure(model) {
+  const { progression, job } = model;
+  const drawn = strips(model);
+  const rows = drawn.length;
   const height = (1 - GAP * (rows - 1)) / rows;
   const layout = { ...baseLayout(), uirevision: "best", hovermode: "x" };
   layout.xaxis = { ...axis("candidate number"), anchor: rows > 1 ? `y${rows}` : "y", rangemode: "tozero" };
   const end = Math.max(progression.index.at(-1) ?? 0, job.progress.proposed - 1);
-  const data = objectives.map((objective, i) => {
+  const data = drawn.map((objective, i) => {
     const key = i ? `y${i + 1}` : "y";
     const top = 1 - i * (height + GAP);
     const colour = token(`--line-${(i % 6) + 1}`);
@@ -37,7 +50,7 @@ function figure({ progression, objectives, job }) {
       xref: "paper", yref: "paper", x: 0.995, y: objective.direction === "minimise" ? top : top - height, xanchor: "right",
       yanchor: objective.direction === "minimise" ? "top" : "bottom", showarrow: false, font: { color: colour, size: 12 },
     });
-    const values = progression.best.map((row) => row[i]);
+    const { values } = objective;
     return {
       type: "scatter",
       mode: values.length > 40 ? "lines" : "lines+markers",

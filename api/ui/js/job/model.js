@@ -150,8 +150,8 @@ export class JobModel {
   };
 
   /** Draw a point that does not change the front without asking the server; everything else is asked for. */
-  addPoint({ index, values, on_front: onFront }) {
-    const improved = this.#improve(values);
+  addPoint({ index, values, violation = 0, on_front: onFront }) {
+    const improved = violation <= 0 && this.#improve(values); // what violates a constraint is no best value
     if (improved) {
       this.refreshProgression();
       this.topics.touch("progress");
@@ -160,14 +160,14 @@ export class JobModel {
     if (onFront || this.foreign.has(index) || dominated.length >= DRAWN_POINTS) this.refreshFront();
     else if (!this.drawn.has(index)) {
       this.drawn.add(index); // an answer of the server may know more than the events that have come so far
-      dominated.push({ index, values, on_front: false, label: null, origin: "algorithm", violation: 0 });
+      dominated.push({ index, values, on_front: false, label: null, origin: "algorithm", violation });
       this.front.total += 1;
       this.topics.touch("front");
     }
   }
 
   #improve(values) {
-    let improved = false;
+    let improved = this.#loss(values) < (this.progression.loss.at(-1) ?? Infinity);
     this.job.best = this.objectives.map(({ direction }, i) => {
       const old = this.job.best[i];
       const better = old === null || (direction === "minimise" ? values[i] < old : values[i] > old);
@@ -175,5 +175,11 @@ export class JobModel {
       return better ? values[i] : old;
     });
     return improved;
+  }
+
+  /** Weighted mean of the objectives, maximised ones negated. */
+  #loss(values) {
+    const weights = this.objectives.reduce((sum, { weight }) => sum + weight, 0);
+    return this.objectives.reduce((sum, { direction, weight }, i) => sum + (direction === "minimise" ? 1 : -1) * weight * values[i], 0) / weights;
   }
 }

@@ -212,7 +212,7 @@ function jobRow(job) {
     },
     evaluated(data) {
       row.job.progress = data.progress ?? row.job.progress;
-      if (!data.values) return;
+      if (!data.values || data.violation > 0) return;
       row.job.best = row.job.objectives.map((objective, i) => better(objective, row.job.best[i], data.values[i]));
     },
   };
