@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from api.views import FrontView, JobView
+from api.views import FrontView
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Row:
         }
 
 
-def _relative(front: FrontView, job: JobView) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
+def _relative(front: FrontView) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
     """Search losses of each front member relative to those of the task's own expert, by candidate."""
     baselines = {point.label: point.values for point in front.baselines}
-    experts = np.array([baselines[objective.name][n] for n, objective in enumerate(job.objectives)])
+    experts = np.array([baselines[objective.name][n] for n, objective in enumerate(front.objectives)])
     return {point.index: np.array(point.values) / experts for point in front.front}
 
 
-def front_sample(front: FrontView, job: JobView, count: int) -> list[int]:
+def front_sample(front: FrontView, count: int) -> list[int]:
     """Return candidates of the front to show: the best by mean and by worst task on search data, then evenly spread ones."""
-    relative = _relative(front, job)
+    relative = _relative(front)
     values = {point.index: np.array(point.values) for point in front.front}
     chosen = [min(values, key=lambda i: values[i].mean()), min(relative, key=lambda i: relative[i].max())]
     rest = sorted((index for index in values if index not in chosen), key=lambda i: values[i].mean())
@@ -72,10 +72,10 @@ def front_sample(front: FrontView, job: JobView, count: int) -> list[int]:
     return list(dict.fromkeys(chosen + [rest[place] for place in places]))
 
 
-def best_of(front: FrontView, job: JobView, rows: Sequence[Row]) -> dict[str, Row]:
+def best_of(front: FrontView, rows: Sequence[Row]) -> dict[str, Row]:
     """Return the rows that are best by mean and by worst task, chosen on search data alone."""
     by_candidate = {row.candidate: row for row in rows}
-    relative = _relative(front, job)
+    relative = _relative(front)
     values = {point.index: np.array(point.values) for point in front.front}
     return {
         "mean": by_candidate[min(values, key=lambda i: values[i].mean())],

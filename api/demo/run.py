@@ -57,7 +57,7 @@ def run(home: Path, console: Console, evaluations: int | None = None) -> int:
             scorer = Scorer(job_spec(tasks, split="test", metric="accuracy"), home)
             base_rows = _score_baselines(tasks, home, scorer, progress)
             rows = _score_front(recipes, scorer, progress)
-        best = best_of(front, job, rows)
+        best = best_of(front, rows)
         exported = _export(client, job, best["mean"].candidate, tasks, console)
         verified = _verify(exported, best["mean"], tasks, home, console)
     experts = {task.name: score for task, score in _own_scores(tasks, base_rows)}
@@ -163,7 +163,7 @@ def _search(client: Client, spec: JobSpec, console: Console) -> JobView:
 
 
 def _recipes(client: Client, job: JobView, front: FrontView) -> dict[int, Recipe]:
-    wanted = front_sample(front, job, FRONT_ROWS)
+    wanted = front_sample(front, FRONT_ROWS)
     return {index: Recipe.parse(client.get_candidate(job.id, index).recipe) for index in wanted}
 
 
