@@ -165,6 +165,7 @@ def _evaluated(job: JobRow, candidate: CandidateRow) -> events.Event:
         "index": candidate.index,
         "state": candidate.state,
         "values": candidate.values,
+        "violation": candidate.violation,
         "on_front": candidate.on_front,
         "progress": rendering.progress(job).model_dump(mode="json"),
     }

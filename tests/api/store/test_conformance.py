@@ -658,6 +658,7 @@ class TestEvents:
                     "index": 1,
                     "state": "completed",
                     "values": [0.5, 0.25],
+                    "violation": 0.0,
                     "on_front": True,
                     "progress": store.get_job(lease.job_id).progress.model_dump(mode="json"),
                 },
