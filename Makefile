@@ -4,7 +4,8 @@ VENV ?= .venv
 # The versions that the tests ran with. GPU: `make setup CONSTRAINTS=` lets pip choose the registry's CUDA build.
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Another choice of constraints is another installation.
+STAMP := $(VENV)/.installed-$(notdir $(or $(CONSTRAINTS),free))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help setup demo test test-slow bench lint format types check readme clean
@@ -14,7 +15,7 @@ help:  ## Show the targets
 
 setup: $(STAMP)  ## Make the virtual environment and install everything
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "mergeopt needs Python 3.11 or newer: make setup PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --progress-bar on $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'

@@ -92,9 +92,10 @@ def run_job(settings: Settings, spec: JobSpec, on_event: Callable[[EventView], N
     store = open_store(settings)
     inspect(settings, spec)
     job, _ = store.create_job(spec)
-    controller = _controller(store, make_pools(settings), settings, 0)
+    pools = make_pools(settings)
+    controller = _controller(store, pools, settings, 0)
     outcome: list[BaseException] = []
-    thread = threading.Thread(target=_guarded, args=(outcome, controller.run_next, job.id), name="job", daemon=True)
+    thread = threading.Thread(target=_run_to_end, args=(outcome, controller, store, job.id), name="job", daemon=True)
     thread.start()
     try:
         after = 0
@@ -109,16 +110,20 @@ def run_job(settings: Settings, spec: JobSpec, on_event: Callable[[EventView], N
     finally:
         controller.stop()
         thread.join()
+        pools.close()
+        view = store.get_job(job.id)
         store.close()
     if outcome:
         raise outcome[0]
-    return store.get_job(job.id)
+    return view
 
 
-def _guarded(outcome: list[BaseException], run: Callable[[str], bool], job_id: str) -> None:
+def _run_to_end(outcome: list[BaseException], controller: Controller, store: SqlStore, job_id: str) -> None:
+    """Run a job until it needs no controller any more; again where its workers could not be had."""
     try:
-        if not run(job_id):
-            raise Conflict("another controller took the job", remedy="watch it with `mergeopt watch`")
+        while not controller.stopped and store.get_job(job_id).state in ("queued", "running"):
+            if not controller.run_next(job_id):
+                raise Conflict("another controller took the job", remedy="watch it with `mergeopt watch`")
     except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
         outcome.append(error)
 

@@ -7,6 +7,7 @@ fencing token makes sure that only one of them can write to a job.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,6 +21,7 @@ from optimizer.errors import (
     LeaseLost,
     MergeoptError,
     RetryableError,
+    Unavailable,
 )
 from optimizer.fitness.aggregate import aggregate, violation
 from optimizer.ports import (
@@ -69,6 +71,11 @@ class Controller:
     def stop(self) -> None:
         """Make `run_forever` and a job under way return soon; the job stays claimable by any controller."""
         self._stop.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop.is_set()
 
     def run_forever(self) -> None:
         """Claim and run jobs until stopped."""
@@ -121,14 +128,17 @@ class JobRun:
                 self._store.set_state(self._lease, *final)
         except LeaseLost:
             log.warning("job %s was taken over by another controller", self._lease.job_id)
+        except Unavailable as error:
+            # Nothing is lost: the lease runs out, and whoever claims the job next replays what was committed.
+            log.warning("job %s could not be given back: %s", self._lease.job_id, error)
 
     def _run(self, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
         try:
             return self._search(keeper)
         except LeaseLost:
             raise
-        except RetryableError as error:
-            # The job is sound, its workers cannot be had for now: whoever claims it next goes on where it stands.
+        except (RetryableError, Unavailable) as error:
+            # The job is sound, its workers or its store cannot be had for now: whoever claims it next goes on.
             log.warning("job %s has to wait: %s", self._lease.job_id, error)
             self._stop.wait(self._config.retry_s)
             return None
@@ -154,27 +164,23 @@ class JobRun:
             pool.close()
 
     def _loop(self, search: Search, pool: EvaluationPool, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
-        wall_time = search.spec.budget.wall_time_s
         while True:
             keeper.check()
-            if self._stop.is_set():
-                return None
             if keeper.requested == "cancel":
                 return "cancelled", None
-            out_of_time = wall_time is not None and keeper.elapsed_s >= wall_time
-            if keeper.requested == "pause" or out_of_time:
-                if not self._dispatched:
-                    return (
-                        ("paused", None)
-                        if not out_of_time
-                        else ("completed", f"{wall_time:g} s of running time are over")
-                    )
-            else:
+            if self._stop.is_set():
+                return None
+            halt = _halt(search, keeper)
+            if halt is None:
                 self._take_enqueued(search)
                 self._add(search)
                 self._dispatch(search, pool)
                 if search.finished:
                     return "completed", search.stop_reason
+            else:
+                self._dispatched.difference_update(pool.withdraw())
+                if not self._dispatched:
+                    return halt
             for result in pool.wait(self._config.poll_s if self._dispatched else 0.0):
                 self._record(search, result)
 
@@ -200,8 +206,10 @@ class JobRun:
             new = [] if first else search.next()
 
     def _dispatch(self, search: Search, pool: EvaluationPool) -> None:
+        # No more than the workers can be at: what waits here, not there, can still be paused.
+        most = min(search.spec.in_flight, search.spec.workers.count)
         for candidate in search.waiting:
-            if len(self._dispatched) >= search.spec.in_flight:
+            if len(self._dispatched) >= most:
                 return
             if candidate.index not in self._dispatched:
                 pool.submit(Task(candidate.index, candidate.recipe))
@@ -212,6 +220,14 @@ class JobRun:
         self._store.add_evaluation(self._lease, evaluation)
         self._dispatched.discard(result.index)
         search.record(evaluation)
+
+
+def _halt(search: Search, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
+    """The state to take once nothing is in flight any more, or None to go on."""
+    wall_time = search.spec.budget.wall_time_s
+    if wall_time is not None and keeper.elapsed_s >= wall_time:
+        return "completed", f"{wall_time:g} s of running time are over"
+    return ("paused", None) if keeper.requested == "pause" else None
 
 
 def _evaluate(problem: Problem, result: Result) -> Evaluation:
@@ -287,7 +303,8 @@ class _LeaseKeeper:
         self._done.set()
         self._thread.join()
         if self._counting and not self._lost:
-            self._renew()
+            with contextlib.suppress(Unavailable):
+                self._renew()
 
     def _keep(self) -> None:
         # Requests (pause, cancel) arrive with the renewal, so it is much more frequent than the lease needs.

@@ -7,6 +7,10 @@ Store rules that every implementation keeps (tests/api/store/test_conformance.py
 - Every write under a lease checks the lease's token in the same transaction and raises `LeaseLost` if another
   controller has taken the job since (a fencing token: it grows with every claim).
 - Indices of candidates are 0, 1, 2, … without gaps.
+- A job that is to pause or cancel does so even if its controller is gone: when the lease is given up, or at the next claim
+  after it expired.
+- Every method raises `Unavailable` while the store cannot be reached. Only a call whose connection broke as it was being
+  committed may have taken effect nevertheless.
 - Nothing stored is a pickle. Genomes and item scores are little-endian arrays, the rest JSON and numbers.
 - Implementations are safe to use from several threads and processes at once.
 """
@@ -133,7 +137,10 @@ class RunStore(Protocol):
     """The controller's side of the store."""
 
     def claim(self, owner: str, ttl_s: float, job_id: str | None = None) -> Lease | None:
-        """Take the oldest job that wants to run and that nobody holds (or whose lease expired); None if there is none."""
+        """Take the oldest job that wants to run and that nobody holds (or whose lease expired); None if there is none.
+
+        Before that, jobs that nobody holds and that were to pause or cancel do. With ``job_id``, only that job is looked at.
+        """
 
     def renew(self, lease: Lease, ttl_s: float, elapsed_s: float) -> Request:
         """Extend the lease, record the running time so far, and return what the user wants now. Raises `LeaseLost`."""
@@ -157,10 +164,13 @@ class RunStore(Protocol):
         """Commit an outcome, update the front and the counters; False if the candidate has an outcome already."""
 
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
-        """Record a new state; a paused or final one also gives up the lease."""
+        """Record a new state; a paused or final one also gives up the lease.
+
+        A job that the user has meanwhile cancelled is cancelled instead of paused.
+        """
 
     def release(self, lease: Lease) -> None:
-        """Give up the lease and leave the state as it is, so that any controller may go on at once."""
+        """Give up the lease, so that any controller may go on at once; a job that is to pause or cancel does so."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,9 @@ class EvaluationPool(Protocol):
         Raises:
             JobError, UserError: no worker can do this job (its inputs are gone, no node has what a worker needs).
         """
+
+    def withdraw(self) -> list[int]:
+        """Take back the tasks that no worker has begun; return the indices of their candidates."""
 
     def close(self) -> None:
         """Drop all tasks and release the workers."""

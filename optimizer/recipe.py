@@ -18,6 +18,9 @@ from optimizer.errors import from_validation
 from optimizer.geometry import Layout, ModuleKind, Position, TensorInfo
 from optimizer.spec import ModelRef, Scalar, Strict
 
+UNKNOWN_DIGEST = "0" * 64
+"""Stands for a digest that was not computed, where a spec is only checked and nothing is stored."""
+
 
 class ModelId(Strict):
     """A model a recipe is made from."""

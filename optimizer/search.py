@@ -66,7 +66,6 @@ class Search:
         self.candidates: list[Candidate] = []
         self.evaluations: dict[int, Evaluation] = {}
         self.told = 0
-        self._window = max(self.algorithm.batch_size, spec.in_flight)
         self._by_fingerprint: dict[str, int] = {}
         self._spent = 0
         self._repeats = 0
@@ -80,9 +79,10 @@ class Search:
         Raises:
             JobError: the log is not one that this search could have written.
         """
+        self.evaluations.update(evaluations)
         pending: list[Proposal] = []
         for candidate in candidates:
-            self._tell_until(candidate.told, evaluations)
+            self._tell_until(candidate.told)
             if candidate.origin == "algorithm":
                 pending = pending or self.algorithm.ask(self._room())
                 if not pending:
@@ -93,11 +93,13 @@ class Search:
             elif pending:
                 raise JobError(f"the log breaks off a generation at candidate {candidate.index}")
             self._append(candidate)
-        self.evaluations.update(evaluations)
+        if pending:
+            raise JobError("the log breaks off in the middle of a generation")
 
     def record(self, evaluation: Evaluation) -> None:
-        """Take in the outcome of a recorded candidate."""
-        self.evaluations[evaluation.index] = evaluation
+        """Take in the outcome of a recorded candidate; its item scores and its recipe are not needed any more."""
+        self.evaluations[evaluation.index] = replace(evaluation, items={})
+        self.candidates[evaluation.index] = replace(self.candidates[evaluation.index], recipe={})
 
     # --- what comes next --------------------------------------------------------------------------------------------
 
@@ -145,7 +147,7 @@ class Search:
             return f"the budget of {budget.evaluations} evaluations is spent"
         if budget.patience is not None and self._patience.since >= budget.patience:
             return f"the front has not improved for {budget.patience} evaluations"
-        if self._repeats >= max(EXHAUSTED_AFTER, 2 * self._window):
+        if self._repeats >= max(EXHAUSTED_AFTER, 2 * self._window()):
             return f"the last {self._repeats} proposals were all known: the search space is exhausted"
         return None
 
@@ -173,12 +175,16 @@ class Search:
         )
         return cls(context, options)
 
+    def _window(self) -> int:
+        """Most proposals of the algorithm that may wait for being told; it follows a generation that grows."""
+        return max(self.algorithm.batch_size, self.spec.in_flight)
+
     def _room(self) -> int:
         """How many proposals may be asked for now. Warm starts are told first: an algorithm may begin from them."""
         if any(candidate.generation < 0 and candidate.told == 0 for candidate in self.candidates[self.told :]):
             return 0
-        in_flight = len(self.candidates) - self.told
-        return max(0, min(self._window - in_flight, self.spec.budget.evaluations - self._spent))
+        own = sum(candidate.origin == "algorithm" for candidate in self.candidates[self.told :])
+        return max(0, min(self._window() - own, self.spec.budget.evaluations - self._spent))
 
     def _ask(self) -> list[Candidate]:
         room = self._room()
@@ -208,10 +214,11 @@ class Search:
 
     def _number(self, candidates: list[Candidate]) -> list[Candidate]:
         """Give the next indices, and point each repeated recipe to the first candidate that has it."""
-        known = dict(self._by_fingerprint)
+        new: dict[str, int] = {}
         out = []
         for index, candidate in enumerate(candidates, start=len(self.candidates)):
-            first = known.setdefault(candidate.fingerprint, index)
+            earlier = self._by_fingerprint.get(candidate.fingerprint)
+            first = new.setdefault(candidate.fingerprint, index) if earlier is None else earlier
             out.append(replace(candidate, index=index, duplicate_of=None if first == index else first))
         return out
 
@@ -221,13 +228,11 @@ class Search:
         self.candidates.append(candidate)
         self._by_fingerprint.setdefault(candidate.fingerprint, candidate.index)
         self._spent += candidate.duplicate_of is None
-        self._repeats = self._repeats + 1 if candidate.duplicate_of is not None else 0
+        if candidate.origin == "algorithm":
+            self._repeats = 0 if candidate.duplicate_of is None else self._repeats + 1
 
-    def _tell_until(self, count: int, evaluations: Mapping[int, Evaluation]) -> None:
+    def _tell_until(self, count: int) -> None:
         while self.told < count:
-            self.evaluations.update(
-                {index: evaluations[index] for index in (self._source(self.told),) if index in evaluations}
-            )
             if not self._tell_next():
                 raise JobError(f"the log lacks the outcome of candidate {self.told}")
 

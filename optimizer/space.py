@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from optimizer.errors import InvalidInput
 from optimizer.geometry import MODULE_KINDS, Layout, ModuleKind, Position
 from optimizer.problem import Problem
-from optimizer.recipe import Leaf, Merge, Recipe, Selector
+from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Recipe, Selector
 from optimizer.spec import CandidateInput, ChoiceVariable, Granularity, JobSpec, RangeVariable, Scalar
 
 Genome = NDArray[np.float64]
@@ -194,7 +194,7 @@ class MergeSpace(SearchSpace):
         recipe = Recipe.parse(data)
         known = {name: model.digest for name, model in self.problem.models.items()}
         for name, model in recipe.models.items():
-            if known.get(name) != model.digest:
+            if known.get(name) not in (model.digest, UNKNOWN_DIGEST):
                 raise InvalidInput(
                     f"model {name!r} is not the job's",
                     field=f"recipe.models.{name}",

@@ -6,7 +6,6 @@ because the JSON schema of `JobSpec` *is* the form that users fill in.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -315,7 +314,7 @@ class Workers(Strict):
     gpus: float = Field(default=0, ge=0, le=64, description="GPUs of each worker; a fraction shares one.")
     memory_gb: float | None = Field(default=None, gt=0, description="Memory that Ray reserves for each worker, in GiB.")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="`auto` takes the GPU where the worker has one."
+        default="auto", description="`auto` takes the GPU that the worker was given with `gpus`."
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the resident merged model.")
     timeout_s: float = Field(default=3600, gt=0, description="Longest allowed evaluation of one candidate, in seconds.")
@@ -387,11 +386,6 @@ def parse_spec(data: object) -> JobSpec:
         return JobSpec.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from error
-
-
-def finite(values: list[float]) -> bool:
-    """Whether no value is NaN or infinite."""
-    return all(math.isfinite(value) for value in values)
 
 
 WarmStarts.model_rebuild()

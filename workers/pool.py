@@ -6,6 +6,7 @@ actor that dies takes with it only the evaluation it was at.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from optimizer.errors import EvaluationTimeout, JobError, MergeoptError, RetryableError, WorkerLost
 from optimizer.ports import EvaluationPool, Failure, Result, Task
@@ -90,15 +91,23 @@ class LocalPool:
     def wait(self, timeout_s: float) -> list[Result]:
         """See `optimizer.ports.EvaluationPool`."""
         out: list[Result] = []
-        try:
+        with contextlib.suppress(queue.Empty):
             found = self._results.get(timeout=timeout_s) if timeout_s > 0 else self._results.get_nowait()
-            while True:
-                if isinstance(found, Exception):
-                    raise found
+            while not isinstance(found, Exception):
                 out.append(found)
                 found = self._results.get_nowait()
-        except queue.Empty:
-            return out
+            if not out:
+                raise found
+            self._results.put(found)  # what is done is handed over first
+        return out
+
+    def withdraw(self) -> list[int]:
+        """See `optimizer.ports.EvaluationPool`."""
+        out = []
+        with contextlib.suppress(queue.Empty):
+            while (task := self._tasks.get_nowait()) is not None:
+                out.append(task.index)
+        return out
 
     def close(self) -> None:
         """See `optimizer.ports.EvaluationPool`."""
@@ -154,11 +163,11 @@ class RayPoolFactory:
 
     def prepare(self, spec: JobSpec) -> Problem:
         """See `optimizer.ports.PoolFactory`."""
+        self._connect()  # first: while a cluster cannot be reached nothing is worth hashing gigabytes
         return prepare(spec, self._roots)
 
     def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
         """See `optimizer.ports.PoolFactory`."""
-        self._connect()
         if self._address is None:
             _check_fits(spec.workers)
         return RayPool(spec, problem, self._paths, self._start_timeout_s)
@@ -224,6 +233,7 @@ class RayPool:
         self._ever_ready = False
         self._opened = time.monotonic()
         self._deaths_while_loading = 0
+        self._fatal: MergeoptError | None = None
         count = min(spec.workers.count, spec.in_flight)
         self._slots = [self._start(number) for number in range(count)]
 
@@ -241,11 +251,20 @@ class RayPool:
             time.sleep(timeout_s)
         if ready:
             ready, _ = ray.wait([slot.ref for slot in busy], num_returns=len(busy), timeout=0)
-        results = [result for slot in busy if slot.ref in ready for result in self._collect(slot)]
-        results += [result for slot in self._slots for result in self._enforce_timeout(slot)]
+        done = set(ready)
+        results = [result for slot in busy if slot.ref in done for result in self._collect(slot)]
+        results += [result for slot in list(self._slots) for result in self._enforce_timeout(slot)]
+        if self._fatal is not None and not results:  # what is done is handed over first
+            raise self._fatal
         self._check_started()
         self._assign()
         return results
+
+    def withdraw(self) -> list[int]:
+        """See `optimizer.ports.EvaluationPool`."""
+        out = [task.index for task in self._waiting]
+        self._waiting.clear()
+        return out
 
     def close(self) -> None:
         """See `optimizer.ports.EvaluationPool`."""
@@ -276,7 +295,7 @@ class RayPool:
             found = ray.get(slot.ref, timeout=10)
         except RayTaskError as error:
             return self._failed(slot, error)
-        except (RayActorError, ActorUnavailableError, GetTimeoutError, RayError) as error:
+        except RayError as error:
             log.warning("worker %d was lost: %s", slot.number, str(error).splitlines()[0])
             return self._lost(slot, WorkerLost("the worker died"))
         slot.ref, slot.task = None, None
@@ -288,12 +307,15 @@ class RayPool:
     def _failed(self, slot: _Slot, error: RayTaskError) -> list[Result]:
         """The worker raised: what concerns the job ends it, what may be mended is tried again."""
         cause = error.cause
+        if isinstance(cause, WorkerLost) or (slot.loading and isinstance(cause, RetryableError)):
+            return self._lost(slot, cause)
+        task, slot.task, slot.ref = slot.task, None, None
         if isinstance(cause, RetryableError):
-            task, slot.task, slot.ref = slot.task, None, None
             return self._again(task, cause)
-        if isinstance(cause, MergeoptError):
-            raise cause
-        raise JobError(f"a worker could not load the job: {type(cause).__name__}: {cause}") from error
+        if self._fatal is None:
+            unexpected = JobError(f"a worker could not load the job: {type(cause).__name__}: {cause}")
+            self._fatal = cause if isinstance(cause, MergeoptError) else unexpected
+        return []
 
     def _lost(self, slot: _Slot, error: RetryableError) -> list[Result]:
         _kill(slot.actor)

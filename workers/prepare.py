@@ -8,7 +8,7 @@ from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput
 from optimizer.geometry import Layout
 from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
-from optimizer.recipe import ModelId
+from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space
 from optimizer.spec import JobSpec, Objective
 from workers.checkpoints import Checkpoint, open_checkpoints
@@ -53,14 +53,18 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         findings=findings,
     )
     space = make_space(spec, problem)
-    for candidate in spec.warm_starts.candidates:
-        space.encode(candidate)
+    for number, candidate in enumerate(spec.warm_starts.candidates):
+        try:
+            space.encode(candidate)
+        except InvalidInput as error:
+            field = f"warm_starts.candidates.{number}.{error.field}"
+            raise InvalidInput(error.message, field=field, remedy=error.remedy) from error
     return problem
 
 
 def quick_digest(_: Checkpoint) -> str:
-    """A placeholder digest for validation, which must answer at once and stores nothing."""
-    return "0" * 64
+    """A placeholder for validation, which must answer at once and stores nothing."""
+    return UNKNOWN_DIGEST
 
 
 def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> list[Evaluator]:

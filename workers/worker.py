@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from optimizer.errors import InfeasibleCandidate, InvalidInput, JobError, RetryableError, UserError
+from optimizer.errors import (
+    InfeasibleCandidate,
+    InputsChanged,
+    InvalidInput,
+    JobError,
+    RetryableError,
+    UserError,
+    WorkerLost,
+)
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
-from optimizer.spec import JobSpec
-from workers.checkpoints import open_checkpoints
+from optimizer.spec import JobSpec, Workers
+from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.evaluators.base import Evaluator
 from workers.merging.engine import MergeEngine
 from workers.merging.resident import ResidentModels
@@ -45,13 +54,15 @@ class EvaluationWorker:
 
     def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
         self._name = name
-        device = _device(spec.workers.device)
+        device = _device(spec.workers)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
         checkpoints = open_checkpoints(spec, roots)
+        evaluators = make_evaluators(spec, roots, checkpoints)
+        _check_inputs(problem, checkpoints, evaluators)
         engine = MergeEngine(checkpoints, problem.layout, keep_on=device if device.type == "cuda" else None)
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
-        self._measures = _measures(spec, problem, make_evaluators(spec, roots, checkpoints))
+        self._measures = _measures(spec, problem, evaluators)
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the per-item scores of a candidate, or why it has none.
@@ -72,7 +83,10 @@ class EvaluationWorker:
         except (RetryableError, JobError):
             raise
         except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
             return self._failed(task, "out_of_memory", error, seconds)
+        except torch.AcceleratorError as error:
+            raise WorkerLost(f"the GPU reported: {error}") from error  # nothing works in this process any more
         except (InfeasibleCandidate, UserError) as error:
             return self._failed(task, error.code, error, seconds)
         except Exception as error:  # noqa: BLE001 - an evaluator's defect costs this candidate, not the job
@@ -97,12 +111,29 @@ class _timed:  # noqa: N801 - reads as a statement
         self._into[self._part] = time.perf_counter() - self._start
 
 
-def _device(wanted: str) -> torch.device:
+def _check_inputs(problem: Problem, checkpoints: Mapping[str, Checkpoint], evaluators: Sequence[Evaluator]) -> None:
+    """Raise `InputsChanged` if this node has other checkpoints or data under the job's paths than the job began with."""
+    for name, checkpoint in checkpoints.items():
+        if checkpoint.digest != problem.models[name].digest:
+            raise InputsChanged(
+                f"the checkpoint {name!r} at {checkpoint.path} on {socket.gethostname()} is not the one the job began with",
+                remedy="give all nodes the same files",
+            )
+    for objective, evaluator in zip(problem.objectives, evaluators, strict=True):
+        if evaluator.digest != objective.data_digest:
+            raise InputsChanged(
+                f"the data of objective {objective.name!r} on {socket.gethostname()} is not what the job began with",
+                remedy="give all nodes the same files",
+            )
+
+
+def _device(workers: Workers) -> torch.device:
+    wanted = workers.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(
             "this worker has no GPU", field="workers.device", remedy="use `auto` or `cpu`, or ask for `workers.gpus`"
         )
-    if wanted == "cpu" or not torch.cuda.is_available():
+    if wanted == "cpu" or (wanted == "auto" and not workers.gpus) or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 

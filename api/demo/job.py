@@ -36,7 +36,8 @@ def job_spec(
             "algorithm": {"name": "cma_es"},
             "budget": {"evaluations": evaluations},
             "seed": 42,
-            "workers": {"count": 2, "cpus": 1, "dtype": "float32"},
+            # On the CPU everywhere, so that plain transformers there gives the very same scores.
+            "workers": {"count": 2, "cpus": 1, "device": "cpu", "dtype": "float32"},
         }
     )
 

@@ -81,7 +81,9 @@ def run(home: Path, console: Console, evaluations: int | None = None) -> int:
 
 def prepare_inputs(home: Path, progress: Progress) -> list[Task]:
     """Write the tasks' data and train the experts that are not there yet."""
+    bar = progress.add_task("data of the three tasks", total=1)
     tasks = make_tasks(SEARCH_ITEMS, TEST_ITEMS)
+    progress.advance(bar)
     for task in tasks:
         write_split(home / "data" / task.name / "search.jsonl", task.search)
         write_split(home / "data" / task.name / "test.jsonl", task.test)
@@ -124,12 +126,17 @@ def _service(home: Path, console: Console) -> Iterator[Client]:
         )
     try:
         with Client(f"http://127.0.0.1:{port}") as client:
-            with console.status("starting the service"):
+            with _progress(console) as progress:
+                bar = progress.add_task("starting the service", total=1)
                 _wait_until_ready(client, process, log)
+                progress.advance(bar)
             yield client
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -150,6 +157,9 @@ def _free_port() -> int:
 
 def _search(client: Client, spec: JobSpec, console: Console) -> JobView:
     """Submit the job and show its progress until it has ended."""
+    for earlier in client.jobs():  # of a demo that was interrupted: it would come first
+        if earlier.state in ("queued", "running", "paused"):
+            client.cancel(earlier.id)
     job = client.submit(spec)
     console.print(f"Watch the Pareto front grow: [link]{client.url}/ui/#/jobs/{job.id}[/link]")
     with LiveJob(console, client.get_job) as live:
@@ -200,22 +210,26 @@ def _export(
     if candidate is None:
         raise JobError("the best row is no candidate of the job")
     exported = {}
-    with console.status("exporting the winner with each task's head"):
+    with _progress(console) as progress:
+        bar = progress.add_task("exports, one for each head", total=len(tasks))
         started = {task.name: client.export(job.id, candidate, head=task.name) for task in tasks}
         for name, export in started.items():
             done = client.wait_export(export.id)
             if done.path is None:
                 raise JobError(f"the export failed: {done.error}")
             exported[name] = Path(done.path)
+            progress.advance(bar)
     return exported
 
 
 def _verify(exported: dict[str, Path], best: Row, tasks: list[Task], home: Path, console: Console) -> bool:
     """Reload each export with plain transformers and compare its test score with the search's own."""
+    found_all = []
+    with _progress(console) as progress:
+        for task in progress.track(tasks, description="reloading with plain transformers"):
+            found_all.append(plain_accuracy(exported[task.name], home / "data" / task.name / "test.jsonl"))
     same = True
-    for task, expected in zip(tasks, best.scores, strict=True):
-        with console.status(f"reloading {task.name} with plain transformers"):
-            found = plain_accuracy(exported[task.name], home / "data" / task.name / "test.jsonl")
+    for task, expected, found in zip(tasks, best.scores, found_all, strict=True):
         same &= found == expected
         mark = "[green]=[/green]" if found == expected else "[red]≠[/red]"
         console.print(f"exported {task.name:10} {found:.4f} {mark} {expected:.4f}  {exported[task.name]}")

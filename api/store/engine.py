@@ -11,7 +11,9 @@ PostgreSQL: writers read committed rows and lock what they change; readers see o
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -19,11 +21,14 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, func, make_url, select
-from sqlalchemy.exc import ArgumentError, DataError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from api.store.columns import UtcDateTime, utc_now
-from optimizer.errors import InvalidInput
+from optimizer.errors import InvalidInput, Unavailable
+
+log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_S = 60.0
 _WRITES = "mergeopt_writes"
@@ -72,7 +77,7 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
     @event.listens_for(engine, "connect")
     def _connect(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # the driver's own BEGIN is deferred; ours is below
-        connection.execute("PRAGMA journal_mode=WAL")
+        _use_wal(connection)
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
 
@@ -82,6 +87,19 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Turn WAL on. Two who do so at once on a new file are in each other's way, and SQLite does not let them wait."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if _sqlite_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def writing(engine: Engine) -> Engine:
@@ -98,6 +116,9 @@ def reading(engine: Engine) -> Engine:
 
 class Database:
     """Transactions on one database. Safe to share between threads; after a fork each process makes its own.
+
+    Every operation raises `Unavailable` when the database cannot do it now (it is down, locked for too long, its disk
+    fails). Nothing has changed then, except when the connection broke during the very commit: that may have taken place.
 
     Args:
         url: of SQLite (a file) or PostgreSQL.
@@ -153,8 +174,34 @@ def expiry(now: datetime, ttl_s: float) -> datetime:
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Numbers and texts that the database cannot hold (beyond 64 bits, a NUL) are the caller's mistake."""
+    """Turn the errors that are not the program's own into ours.
+
+    Numbers and texts that the database cannot hold (beyond 64 bits, a NUL) are the caller's mistake; an outage is nobody's.
+    """
     try:
         yield
     except (DataError, OverflowError) as error:
         raise InvalidInput("a number or a text is outside of what the database can hold") from error
+    except (DBAPIError, PoolTimeout) as error:
+        if not _is_outage(error):
+            raise
+        # The driver's words are for the operator: they may name hosts and accounts, and SQLAlchemy adds the statement.
+        log.warning("the database cannot be used: %s", " ".join(str(getattr(error, "orig", error)).split()))
+        raise Unavailable(
+            "the database cannot be used now", remedy="try again; the service's log has the cause"
+        ) from error
+
+
+def _is_outage(error: DBAPIError | PoolTimeout) -> bool:
+    """Whether the same operation may succeed later."""
+    if isinstance(error, PoolTimeout) or error.connection_invalidated:
+        return True
+    if isinstance(error.orig, sqlite3.Error):
+        # The driver has one class for most errors: only the code tells bad SQL and missing tables from the rest.
+        return isinstance(error, OperationalError) and _sqlite_code(error.orig) != sqlite3.SQLITE_ERROR
+    return isinstance(error, OperationalError | InterfaceError)
+
+
+def _sqlite_code(error: sqlite3.Error) -> int:
+    """Return the primary result code, which extended ones keep in their lowest byte; the driver's own errors have none."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF

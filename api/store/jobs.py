@@ -7,7 +7,6 @@ from datetime import datetime
 
 from sqlalchemy import delete, select, tuple_
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from api.store import cursors, events, lifecycle, rendering
 from api.store.columns import utc_now
@@ -84,7 +83,8 @@ class Jobs(Database):
         """Ask a job to run, pause or cancel.
 
         A controller that runs the job carries it out; where none does (queued, paused, or the controller is gone and its
-        lease has expired), it takes effect at once. A failed job may run again, since its cause may be mended.
+        lease has expired), it takes effect at once. Until a request is carried out, a later one replaces it. A failed job
+        may run again, since its cause may be mended.
 
         Raises:
             NotFound: no such job.
@@ -99,7 +99,7 @@ class Jobs(Database):
             job.requested = request
             now = self.now(session)
             if not lifecycle.is_held(job, now):
-                _carry_out(session, job, request, now)
+                lifecycle.carry_out(session, job, now)
             return rendering.job_view(job)
 
     def delete_job(self, job_id: str) -> None:
@@ -107,7 +107,8 @@ class Jobs(Database):
 
         Raises:
             NotFound: no such job.
-            Conflict: it is running, or a controller is preparing it.
+            Conflict: it is running, or a controller is preparing it. One whose controller is gone, and which was to
+                pause or cancel, runs no more.
         """
         with self.write() as session:
             # Exports before the job: the order of locks that export workers keep.
@@ -115,7 +116,8 @@ class Jobs(Database):
             job = lifecycle.lock_job(session, job_id)
             if job is None:
                 raise lifecycle.no_job(job_id)
-            if job.state == "running" or lifecycle.is_held(job, self.now(session)):
+            goes_on = job.state == "running" and job.requested == "run"
+            if goes_on or lifecycle.is_held(job, self.now(session)):
                 raise Conflict("the job is running", remedy="cancel it first")
             session.execute(delete(JobRow).where(JobRow.id == job_id))
 
@@ -174,15 +176,6 @@ def _same_job(earlier: JobRow, spec: JobSpec) -> JobView:
             remedy="use a new key for a new job",
         )
     return rendering.job_view(earlier)
-
-
-def _carry_out(session: Session, job: JobRow, request: Request, now: datetime) -> None:
-    if request == "cancel":
-        lifecycle.change_state(session, job, "cancelled", None, now)
-    elif request == "pause":
-        lifecycle.change_state(session, job, "paused", None, now)
-    elif job.state in ("paused", "failed"):
-        lifecycle.change_state(session, job, "queued", None, now)
 
 
 def _position(cursor: str) -> tuple[datetime, str]:

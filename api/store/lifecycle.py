@@ -48,6 +48,17 @@ def drop_lease(job: JobRow) -> None:
     job.lease_expires_at = None
 
 
+def carry_out(session: Session, job: JobRow, now: datetime) -> None:
+    """Do what the user wants of a locked job that no controller holds; call it last in a transaction."""
+    if job.requested == "cancel":
+        change_state(session, job, "cancelled", None, now)
+    elif job.requested == "pause":
+        if job.state != "paused":
+            change_state(session, job, "paused", None, now)
+    elif job.state in ("paused", "failed"):
+        change_state(session, job, "queued", None, now)
+
+
 def change_state(session: Session, job: JobRow, state: JobState, reason: str | None, now: datetime) -> None:
     """Move a locked job to ``state`` and say so in an event; call it last in a transaction.
 

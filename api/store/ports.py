@@ -46,7 +46,11 @@ class ExportTask:
 
 
 class JobStore(Protocol):
-    """Jobs as the API sees them. Unknown ids raise `NotFound`; what the state forbids raises `Conflict`."""
+    """Jobs as the API sees them.
+
+    Unknown ids raise `NotFound`; what the state forbids raises `Conflict`; a database that cannot be used now raises
+    `Unavailable`, from every method.
+    """
 
     def create_job(
         self, spec: JobSpec, idempotency_key: str | None = None, cloned_from: str | None = None
@@ -65,10 +69,16 @@ class JobStore(Protocol):
         """Return one job."""
 
     def request(self, job_id: str, request: Request) -> JobView:
-        """Ask a job to run, pause or cancel. A queued job that nobody holds pauses or cancels at once."""
+        """Ask a job to run, pause or cancel; until that is carried out, a later request replaces it.
+
+        A job that no controller holds (it waits, is paused, or its controller's lease expired) obeys at once.
+        """
 
     def delete_job(self, job_id: str) -> None:
-        """Delete a job that is not running, with all that belongs to it."""
+        """Delete a job that is not running, with all that belongs to it.
+
+        One that was to pause or cancel counts as running only while its controller's lease is live.
+        """
 
     def list_candidates(
         self,
@@ -142,4 +152,4 @@ class JobStore(Protocol):
         """Whether any valid token exists."""
 
     def ping(self) -> None:
-        """Raise if the database cannot be reached or is not at the newest migration."""
+        """Raise `Unavailable` if the database cannot be reached or is not at the newest migration."""

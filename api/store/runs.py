@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -29,26 +30,27 @@ class Runs(Database):
     def claim(self, owner: str, ttl_s: float, job_id: str | None = None) -> Lease | None:
         """Take the oldest job that wants to run and that nobody holds (or whose lease expired); None if there is none.
 
+        Before that, jobs that nobody holds and that were to pause or cancel do: their controllers are gone.
+
         Args:
             owner: who asks, for humans.
             ttl_s: seconds until the lease expires unless renewed.
-            job_id: take this job or none.
+            job_id: take this job or none, and look at no other.
         """
-        with self.write("claim") as session:
-            now = self.now(session)
-            query = _free_jobs().where(or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at <= now))
-            if job_id is not None:
-                query = query.where(JobRow.id == job_id)
-            # Whoever asks for any job passes over those that others are just taking; who asks for one waits for it.
-            job = session.scalar(query.with_for_update(key_share=True, skip_locked=job_id is None))
-            if job is None:
-                return None
-            job.lease_owner = owner
-            job.lease_token += 1
-            job.lease_expires_at = expiry(now, ttl_s)
-            if job.state == "running":
-                events.append(session, job.id, ("job.note", {"message": f"{owner} goes on with the job"}))
-            return Lease(job.id, owner, job.lease_token)
+        while True:
+            # One transaction a job: none may lock a second one after the events of the first.
+            with self.write("claim") as session:
+                now = self.now(session)
+                query = _free_jobs(now)
+                if job_id is not None:
+                    query = query.where(JobRow.id == job_id)
+                # Whoever asks for any job passes over those that others are just taking; who asks for one waits for it.
+                job = session.scalar(query.with_for_update(key_share=True, skip_locked=job_id is None))
+                if job is None:
+                    return None
+                if job.requested == "run":
+                    return _take_lease(session, job, owner, now, ttl_s)
+                lifecycle.carry_out(session, job, now)
 
     def renew(self, lease: Lease, ttl_s: float, elapsed_s: float) -> Request:
         """Extend the lease, record the running time so far, and return what the user wants now. Raises `LeaseLost`."""
@@ -138,14 +140,25 @@ class Runs(Database):
             return outcomes.record(session, job, evaluation)
 
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
-        """Record a new state; a paused or final one also gives up the lease. Raises `LeaseLost`."""
+        """Record a new state; a paused or final one also gives up the lease. Raises `LeaseLost`.
+
+        A job that the user has meanwhile cancelled is cancelled instead of paused.
+        """
         with self._leased(lease, "set_state") as (session, job):
-            lifecycle.change_state(session, job, state, reason, utc_now())
+            if state == "paused" and job.requested == "cancel":
+                lifecycle.carry_out(session, job, utc_now())
+            else:
+                lifecycle.change_state(session, job, state, reason, utc_now())
 
     def release(self, lease: Lease) -> None:
-        """Give up the lease and leave the state as it is, so that any controller may go on at once. Raises `LeaseLost`."""
-        with self._leased(lease, "release") as (_, job):
+        """Give up the lease, so that any controller may go on at once. Raises `LeaseLost`.
+
+        The state stays as it is, unless the job is to pause or cancel: it does.
+        """
+        with self._leased(lease, "release") as (session, job):
             lifecycle.drop_lease(job)
+            if job.requested != "run":
+                lifecycle.carry_out(session, job, utc_now())
 
     def _recipe(self, job_id: str, index: int) -> dict[str, Any]:
         with self.read() as session:
@@ -168,13 +181,28 @@ def _check_lease(job: JobRow | None, lease: Lease) -> JobRow:
     return job
 
 
-def _free_jobs() -> Select[JobRow]:
+def _free_jobs(now: datetime) -> Select[JobRow]:
+    """The first job that nobody holds: one that was to pause or cancel, else the oldest that wants to run."""
+    wants_to_run = JobRow.requested == "run"
     return (
         select(JobRow)
-        .where(JobRow.requested == "run", JobRow.state.in_(("queued", "paused", "running")))
-        .order_by(JobRow.created_at, JobRow.id)
+        .where(
+            JobRow.state.in_(("queued", "paused", "running")),
+            or_(JobRow.requested != "pause", JobRow.state != "paused"),
+            or_(JobRow.lease_expires_at.is_(None), JobRow.lease_expires_at <= now),
+        )
+        .order_by(wants_to_run, JobRow.created_at, JobRow.id)
         .limit(1)
     )
+
+
+def _take_lease(session: Session, job: JobRow, owner: str, now: datetime, ttl_s: float) -> Lease:
+    job.lease_owner = owner
+    job.lease_token += 1
+    job.lease_expires_at = expiry(now, ttl_s)
+    if job.state == "running":
+        events.append(session, job.id, ("job.note", {"message": f"{owner} goes on with the job"}))
+    return Lease(job.id, owner, job.lease_token)
 
 
 def _resolved(spec: JobSpec, problem: Problem) -> list[dict[str, object]]:

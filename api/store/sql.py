@@ -10,7 +10,7 @@ from api.store.exports import Exports
 from api.store.jobs import Jobs
 from api.store.runs import Runs
 from api.store.tokens import Tokens
-from optimizer.errors import MergeoptError
+from optimizer.errors import Unavailable
 
 
 class SqlStore(Runs, Jobs, Candidates, Exports, Tokens):
@@ -26,16 +26,16 @@ class SqlStore(Runs, Jobs, Candidates, Exports, Tokens):
     """
 
     def ping(self) -> None:
-        """Raise `MergeoptError` if the database cannot be reached or is not at the newest migration."""
+        """Raise `Unavailable` if the database cannot be reached or is not at the newest migration."""
         try:
             with self.engine.connect() as connection:
                 revision = migrations.revision_of(connection)
         except SQLAlchemyError as error:
             # Only the driver's own words: the statement and the URL are nobody's business.
             cause = getattr(error, "orig", None) or type(error).__name__
-            raise MergeoptError(f"the database cannot be reached: {cause}", remedy="is it running?") from error
+            raise Unavailable(f"the database cannot be reached: {cause}", remedy="is it running?") from error
         if revision != migrations.head():
-            raise MergeoptError(
+            raise Unavailable(
                 f"the database is at revision {revision or 'none'}, this program needs {migrations.head()}",
                 remedy="run `mergeopt db upgrade`",
             )

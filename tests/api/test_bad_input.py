@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from optimizer.space import make_space
+from optimizer.spec import parse_spec
 from tests.jobs import write_job
 from tests.service import Service
 from tests.workers.models import tiny_bert, tiny_llama
@@ -203,7 +205,7 @@ CASES: list[tuple[Spoil, str, str]] = [
     (unknown_key, "workers.cores", "not permitted"),
     (missing_head, "objectives.1.head", "head"),
     (too_many_experts, "experts", "slerp"),
-    (bad_warm_start, "coefficients", "nobody"),
+    (bad_warm_start, "warm_starts.candidates.0.coefficients", "nobody"),
 ]
 
 
@@ -229,6 +231,20 @@ def test_the_good_job_is_valid(world: tuple[httpx.Client, Path, Job]) -> None:
     answer = http.post("/jobs/validate", json=good)
     assert answer.status_code == 200, answer.text
     assert answer.json()["valid"] is True
+
+
+def test_a_recipe_may_be_a_warm_start(world: tuple[httpx.Client, Path, Job]) -> None:
+    http, root, good = world
+    from workers.prepare import prepare
+    from workers.roots import Roots
+
+    spec = parse_spec(good)
+    problem = prepare(spec, Roots([root]))
+    space = make_space(spec, problem)
+    recipe = space.recipe(space.uniform()).to_json()
+    job = good | {"warm_starts": {"candidates": [{"recipe": recipe, "label": "mine"}]}}
+    answer = http.post("/jobs/validate", json=job)
+    assert answer.status_code == 200, answer.text
 
 
 def test_an_oversized_spec_is_refused_unread(world: tuple[httpx.Client, Path, Job]) -> None:

@@ -60,6 +60,9 @@ class _Recording:
     def wait(self, timeout_s: float) -> list[Result]:
         return self._pool.wait(timeout_s)
 
+    def withdraw(self) -> list[int]:
+        return self._pool.withdraw()
+
     def close(self) -> None:
         self._pool.close()
 

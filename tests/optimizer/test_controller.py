@@ -14,7 +14,7 @@ import pytest
 from api.store.sql import SqlStore
 from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
-from optimizer.errors import JobError, WorkerLost
+from optimizer.errors import JobError, Unavailable, WorkerLost
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Problem
@@ -69,6 +69,11 @@ class _Pool:
         if isinstance(found, Failure):
             return [Result(task.index, failure=found)]
         return [Result(task.index, {n: ItemScores(np.full(4, v, dtype=np.float32)) for n, v in found.items()})]
+
+    def withdraw(self) -> list[int]:
+        out = [task.index for task in self._todo]
+        self._todo.clear()
+        return out
 
     def close(self) -> None:
         self._todo.clear()
@@ -207,6 +212,57 @@ def test_a_controller_that_lost_its_lease_writes_nothing_more(store: SqlStore) -
     completed = store.get_job(job.id).progress.completed
     time.sleep(0.1)
     assert store.get_job(job.id).progress.completed == completed
+
+
+def test_a_pause_takes_back_what_no_worker_has_begun(store: SqlStore) -> None:
+    pools = Pools(delay_s=0.05)
+    job, _ = store.create_job(
+        make_spec(budget={"evaluations": 500}, parallel_evaluations=64, workers={"count": 8}), idempotency_key="a"
+    )
+    thread = in_thread(controller(store, pools))
+    until(lambda: len(pools.evaluated) > 3)
+    store.request(job.id, "pause")
+    thread.join(30)
+    paused = store.get_job(job.id)
+    assert paused.state == "paused"
+    assert paused.progress.completed < 3 + 1.5 / 0.05
+    assert paused.progress.proposed > paused.progress.completed
+    pools.delay_s = 0.0
+    store.request(job.id, "run")
+    assert controller(store, pools).run_next()
+    assert store.get_job(job.id).progress.completed == 500
+    assert len(pools.evaluated) == 500
+
+
+def test_a_cancel_counts_more_than_a_stop(store: SqlStore) -> None:
+    pools = Pools(delay_s=0.05)
+    job, _ = store.create_job(make_spec(budget={"evaluations": 500}))
+    running = controller(store, pools)
+    thread = in_thread(running)
+    until(lambda: len(pools.evaluated) > 3)
+    store.request(job.id, "cancel")
+    running.stop()
+    thread.join(30)
+    controller(store, pools).run_next()
+    assert store.get_job(job.id).state == "cancelled"
+
+
+def test_a_store_that_is_gone_for_a_while_costs_nothing(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _ = store.create_job(make_spec())
+    whole, calls = store.add_evaluation, iter(range(100))
+
+    def flaky(*args: Any) -> bool:
+        if next(calls) == 5:
+            raise Unavailable("the database cannot be reached")
+        return whole(*args)
+
+    monkeypatch.setattr(store, "add_evaluation", flaky)
+    pools = Pools()
+    assert controller(store, pools).run_next()
+    assert store.get_job(job.id).state == "running"
+    assert controller(store, pools).run_next()
+    done = store.get_job(job.id)
+    assert (done.state, done.progress.completed) == ("completed", 20)
 
 
 def test_wall_time_ends_a_job(store: SqlStore) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimizer.errors import InvalidInput, JobError
+from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Candidate, Evaluation, Failure
 from optimizer.search import Search
 from optimizer.spec import CandidateInput, JobSpec
@@ -131,12 +132,12 @@ def test_replay_continues_exactly_also_with_enqueued_candidates(algorithm: str, 
 def test_last_bits_of_recorded_genomes_do_not_break_replay() -> None:
     spec = spec_of("cma_es")
     log = run(spec)
-    half = [c for c in log.candidates if c.index < 20]
+    half = [c for c in log.candidates if c.generation < 2]
     nudged = [
         Candidate(**{**vars(c), "genome": np.nextafter(c.genome, 2.0)}) if c.genome is not None else c for c in half
     ]
     search = Search(spec, log.problem)
-    search.replay(nudged, {i: e for i, e in log.evaluations.items() if i < 20})
+    search.replay(nudged, {i: e for i, e in log.evaluations.items() if i < len(half)})
     assert [c.genome.tobytes() for c in search.candidates if c.genome is not None] == [
         c.genome.tobytes() for c in nudged if c.genome is not None
     ]
@@ -157,6 +158,23 @@ def test_duplicates_cost_no_evaluation_and_share_the_outcome() -> None:
         log.evaluate(search, candidate)
     pump(log, search)
     assert search.told == 5
+
+
+def test_a_users_repeats_do_not_exhaust_the_space() -> None:
+    log = Log(spec_of("random"))
+    search = log.open()
+    genome = [0.25] * search.space.dim
+    for _ in range(300):
+        log.add(search, [search.enqueued(CandidateInput(genome=genome))])
+    assert search.stop_reason is None
+
+
+def test_what_is_done_holds_no_items_and_no_recipe() -> None:
+    log = run(spec_of("random"))
+    search = log.open()
+    search.record(Evaluation(3, (0.5, 0.5), items={"language": ItemScores(np.zeros(4, dtype=np.float32))}))
+    assert search.evaluations[3].items == {}
+    assert search.candidates[3].recipe == {}
 
 
 def test_warm_starts_come_first_and_are_told_before_the_algorithm_proposes() -> None:

@@ -113,6 +113,10 @@ class FormulaPool:
         scores = score(self._problem, task.recipe, task.index)
         return [Result(task.index, scores, seconds=seconds, worker="formula")]
 
+    def withdraw(self) -> list[int]:
+        """A task that waits for its permit counts as begun."""
+        return []
+
     def close(self) -> None:
         """Nothing is kept."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimizer.errors import InvalidInput, JobError
+from optimizer.errors import InputsChanged, InvalidInput, JobError
 from optimizer.ports import EvaluationPool, PoolFactory, Result, Task
 from optimizer.problem import Problem
 from optimizer.space import make_space
@@ -151,6 +151,38 @@ def test_close_drops_what_is_under_way(factory: PoolFactory, root: Path) -> None
 def drain_one(pool: EvaluationPool) -> None:
     while not pool.wait(0.2):
         pass
+
+
+def test_withdraw_takes_back_what_no_worker_has_begun(factory: PoolFactory, root: Path) -> None:
+    spec = job(root)
+    problem = factory.prepare(spec)
+    pool = factory.open(spec, problem)
+    try:
+        first, *others = tasks(spec, problem, 20)
+        pool.submit(first)
+        drain(pool, 1)
+        for task in others:
+            pool.submit(task)
+        taken = pool.withdraw()
+        found = drain(pool, len(others) - len(taken))
+        assert taken
+        assert set(taken) | set(found) == {task.index for task in others}
+        assert not set(taken) & set(found)
+    finally:
+        pool.close()
+
+
+def test_a_node_with_other_files_is_no_worker_of_the_job(factory: PoolFactory, root: Path) -> None:
+    spec = job(root)
+    problem = factory.prepare(spec)
+    stale = problem.models | {"shape": problem.models["shape"].model_copy(update={"digest": "1" * 64})}
+    pool = factory.open(spec, problem.model_copy(update={"models": stale}))
+    try:
+        with pytest.raises(InputsChanged, match="'shape'"):
+            for _ in range(300):
+                pool.wait(0.2)
+    finally:
+        pool.close()
 
 
 def test_a_job_that_no_worker_can_load_ends_with_its_reason(factory: PoolFactory, root: Path) -> None:

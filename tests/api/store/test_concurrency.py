@@ -69,6 +69,22 @@ def test_no_two_claimers_hold_the_same_job(store: SqlStore, database_url: str, w
     assert set(found) == ids
 
 
+def test_what_abandoned_jobs_were_asked_is_done_once(store: SqlStore, database_url: str, workers: Executor) -> None:
+    ids = set()
+    for number in range(JOBS):
+        lease = started(store)
+        store.request(lease.job_id, "cancel" if number % 2 else "pause")
+        store.renew(lease, 0, 1.0)
+        ids.add(lease.job_id)
+    waits, _ = store.create_job(SPEC)
+    claims = [workers.submit(claim_all, database_url, f"claimer {number}") for number in range(4)]
+    assert [job_id for claim in claims for job_id in claim.result()] == [waits.id]
+    for job_id in ids:
+        told = [event.data["state"] for event in store.events(job_id, 0)]
+        assert told == ["queued", "running", store.get_job(job_id).state]
+    assert sorted(store.get_job(job_id).state for job_id in ids) == ["cancelled"] * 5 + ["paused"] * 5
+
+
 def test_writers_wait_for_each_other_and_readers_miss_nothing(
     store: SqlStore, database_url: str, workers: Executor
 ) -> None:

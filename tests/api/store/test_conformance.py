@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from api.store.models import Base, ItemScoresRow
+from api.store.models import Base, ItemScoresRow, JobRow
 from api.store.ports import JobStore
 from api.store.sql import SqlStore
 from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.fitness.aggregate import to_losses
 from optimizer.pareto import front_mask
-from optimizer.ports import Evaluation, Failure, Lease, RunStore
+from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
 from optimizer.spec import CandidateInput
 from tests.api.store.helpers import (
     SPACE,
@@ -305,6 +305,163 @@ class TestLeases:
         with pytest.raises(InvalidInput, match="frozen"):
             store.start(lease, make_problem(spec))
         assert store.get_job(job.id).state == "queued"
+
+
+class TestRequestsThatTheHolderDoesNotCarryOut:
+    """A controller that stops, dies or has not heard of a request does not take it along."""
+
+    OBEYED = pytest.mark.parametrize(("request_", "state"), [("pause", "paused"), ("cancel", "cancelled")])
+
+    @staticmethod
+    def states(store: SqlStore, job_id: str) -> list[str]:
+        return [event.data["state"] for event in store.events(job_id, 0) if event.type == "job.state"]
+
+    @staticmethod
+    def abandoned(store: SqlStore, request: Request | None, *, start: bool = True) -> Lease:
+        """Return the expired lease of a job that was asked for something while it was live."""
+        if start:
+            lease = started(store)
+            propose(store, lease, 1)
+        else:
+            store.create_job(SPEC)
+            lease = claimed(store)
+        if request is not None:
+            view = store.request(lease.job_id, request)
+            assert (view.state, view.requested) == ("running" if start else "queued", request)
+        store.renew(lease, 0, 1.0)
+        return lease
+
+    @OBEYED
+    def test_released(self, store: SqlStore, request_: Any, state: str) -> None:
+        lease = started(store)
+        propose(store, lease, 1)
+        store.request(lease.job_id, request_)
+        store.release(lease)
+        assert store.get_job(lease.job_id).state == state
+        assert self.states(store, lease.job_id) == ["queued", "running", state]
+        assert store.get_candidate(lease.job_id, 0).state == ("pending" if state == "paused" else "cancelled")
+        assert store.claim("two", TTL) is None
+        with pytest.raises(LeaseLost):
+            store.renew(lease, TTL, 1.0)
+        store.delete_job(lease.job_id)
+
+    @pytest.mark.parametrize("start", [True, False])
+    @OBEYED
+    def test_expired(self, store: SqlStore, request_: Any, state: str, start: bool) -> None:
+        lease = self.abandoned(store, request_, start=start)
+        assert store.claim("two", TTL) is None
+        view = store.get_job(lease.job_id)
+        assert (view.state, view.requested, view.finished_at is None) == (state, request_, state == "paused")
+        assert self.states(store, lease.job_id) == ["queued", *(["running"] if start else []), state]
+        before = everything(store, lease.job_id)
+        assert store.claim("two", TTL) is None
+        with pytest.raises(LeaseLost):  # the controller may come back
+            store.set_state(lease, "completed")
+        assert everything(store, lease.job_id) == before
+        store.delete_job(lease.job_id)
+
+    @OBEYED
+    def test_they_come_before_the_job_that_is_taken(self, store: SqlStore, request_: Any, state: str) -> None:
+        waits, _ = store.create_job(SPEC)
+        busy = claimed(store)
+        gone = [self.abandoned(store, request_), self.abandoned(store, request_, start=False)]
+        store.release(busy)
+        assert claimed(store).job_id == waits.id
+        assert [store.get_job(lease.job_id).state for lease in gone] == [state, state]
+
+    def test_a_claim_of_one_job_leaves_the_others(self, store: SqlStore) -> None:
+        one, other = self.abandoned(store, "cancel"), self.abandoned(store, "cancel")
+        assert store.claim("two", TTL, one.job_id) is None
+        assert [store.get_job(lease.job_id).state for lease in (one, other)] == ["cancelled", "running"]
+
+    def test_a_live_lease_is_left_alone(self, store: SqlStore) -> None:
+        leases = [started(store), started(store)]
+        store.request(leases[0].job_id, "pause")
+        store.request(leases[1].job_id, "cancel")
+        before = [everything(store, lease.job_id) for lease in leases]
+        assert store.claim("two", TTL) is None
+        assert [everything(store, lease.job_id) for lease in leases] == before
+
+    def test_cancelled_while_pausing(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 1)
+        store.request(lease.job_id, "pause")
+        store.request(lease.job_id, "cancel")
+        store.set_state(lease, "paused", "the controller had read `pause` already")
+        view = store.get_job(lease.job_id)
+        assert (view.state, view.reason, view.finished_at is None) == ("cancelled", None, False)
+        assert self.states(store, lease.job_id) == ["queued", "running", "cancelled"]
+        assert store.get_candidate(lease.job_id, 0).state == "cancelled"
+
+    def test_a_paused_job_that_was_to_cancel(self, store: SqlStore) -> None:
+        """As earlier versions may have left it."""
+        job, _ = store.create_job(SPEC)
+        store.request(job.id, "pause")
+        with store.write() as session:
+            session.get_one(JobRow, job.id).requested = "cancel"
+        assert store.claim("one", TTL) is None
+        assert store.get_job(job.id).state == "cancelled"
+
+    @pytest.mark.parametrize("state", ["completed", "failed"])
+    def test_a_job_that_ended_first_stays_as_it_is(self, store: SqlStore, state: Any) -> None:
+        lease = started(store)
+        store.request(lease.job_id, "cancel")
+        store.set_state(lease, state, "why")
+        before = everything(store, lease.job_id)
+        assert store.claim("two", TTL) is None
+        assert everything(store, lease.job_id) == before
+
+    @pytest.mark.parametrize("settled", [True, False])
+    def test_a_paused_one_resumes_where_it_stood(self, store: SqlStore, settled: bool) -> None:
+        lease = self.abandoned(store, "pause")
+        if settled:
+            assert store.claim("two", TTL) is None
+        assert store.request(lease.job_id, "run").state == ("queued" if settled else "running")
+        again = claimed(store, owner="two")
+        log = store.load(again)
+        assert (again.job_id, len(log.candidates), log.elapsed_s) == (lease.job_id, 1, 1.0)
+        store.start(again, PROBLEM)
+        assert store.add_evaluation(again, scored(0, [1.0, 1.0]))
+
+    @pytest.mark.parametrize(
+        ("first", "then", "state"),
+        [
+            ("cancel", "cancel", "cancelled"),
+            ("cancel", "pause", "paused"),
+            ("cancel", "run", "running"),
+            ("pause", "pause", "paused"),
+            ("pause", "cancel", "cancelled"),
+            ("pause", "run", "running"),
+            (None, "run", "running"),
+        ],
+    )
+    def test_until_then_a_later_request_replaces_it(self, store: SqlStore, first: Any, then: Any, state: str) -> None:
+        lease = self.abandoned(store, first)
+        view = store.get_job(lease.job_id)
+        assert (view.state, view.requested) == ("running", first or "run")
+        view = store.request(lease.job_id, then)
+        assert (view.state, view.requested) == (state, then)
+        assert store.get_job(lease.job_id) == view
+        if state == "running":
+            assert claimed(store, owner="two").job_id == lease.job_id
+        else:
+            assert store.claim("two", TTL) is None
+            assert self.states(store, lease.job_id) == ["queued", "running", state]
+
+    @pytest.mark.parametrize("request_", ["pause", "cancel"])
+    def test_until_then_it_can_be_deleted(self, store: SqlStore, request_: Any) -> None:
+        lease = self.abandoned(store, request_)
+        store.delete_job(lease.job_id)
+        with pytest.raises(NotFound):
+            store.get_job(lease.job_id)
+        assert store.claim("two", TTL) is None
+
+    def test_one_that_goes_on_elsewhere_cannot_be_deleted(self, store: SqlStore) -> None:
+        lease = self.abandoned(store, None)
+        with pytest.raises(Conflict):
+            store.delete_job(lease.job_id)
+        store.request(lease.job_id, "cancel")
+        store.delete_job(lease.job_id)
 
 
 class TestCandidates:
