@@ -26,7 +26,8 @@ class OwnServer:
     def __init__(self, programs: Path, server: PostgresServer) -> None:
         self._programs = programs
         self.socket = server.socket
-        self.url = server.url()
+        # The server of the tests commits before it has written anything, and a crash would lose that.
+        self.url = f"{server.url()}&options=-csynchronous_commit%3Don"
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it: ``fast`` throws its clients out, ``immediate`` is a crash."""
