@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from optimizer.errors import from_validation
-from optimizer.geometry import Layout, ModuleKind, Position, TensorInfo
+from optimizer.geometry import ModuleKind, Position, TensorInfo
 from optimizer.spec import ModelRef, Scalar, Strict
 
 UNKNOWN_DIGEST = "0" * 64
@@ -133,11 +133,6 @@ def leaves(node: Leaf | Merge) -> set[str]:
 def canonical_json(data: Any) -> str:
     """Return the one JSON text of ``data``: keys sorted, no spaces, -0.0 as 0.0, NaN refused (``ValueError``)."""
     return json.dumps(_positive_zero(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def uncovered(node: Merge, layout: Layout) -> list[str]:
-    """Return the names of shared parameters that no group of ``node`` selects."""
-    return [tensor.name for tensor in layout.shared if node.row(tensor) is None]
 
 
 def _canonical(node: Leaf | Merge, digests: dict[str, str]) -> Any:

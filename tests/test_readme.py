@@ -6,7 +6,11 @@ import re
 
 import pytest
 
+from api.documents import parse_document
+from optimizer.spec import parse_spec
 from tests.readme_tables import README, TABLES, render
+from workers.evaluators.base import parse_evaluator
+from workers.merging.operator import operator_info
 
 
 def test_every_table_is_there_and_current() -> None:
@@ -19,6 +23,13 @@ def test_the_make_targets_it_names_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (README.parent / "Makefile").read_text(), re.MULTILINE)
     named = set(re.findall(r"\bmake ([a-z-]+)", README.read_text(encoding="utf-8")))
     assert {"demo", "test", "setup"} <= named <= set(targets)
+
+
+def test_its_job_is_one() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    spec = parse_spec(parse_document(block, "yaml", "job"))
+    assert [parse_evaluator(objective, n)[0].name for n, objective in enumerate(spec.objectives)] == ["causal_lm"] * 2
+    assert operator_info(spec.merge.operator).name == spec.merge.operator
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))

@@ -15,6 +15,7 @@ from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import load_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, parse_evaluator, resolve_metric
+from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
 from workers.roots import Roots
 
@@ -53,9 +54,10 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         findings=findings,
     )
     space = make_space(spec, problem)
+    engine = MergeEngine(checkpoints, layout)
     for number, candidate in enumerate(spec.warm_starts.candidates):
         try:
-            space.encode(candidate)
+            engine.check(space.encode(candidate)[1])
         except InvalidInput as error:
             field = f"warm_starts.candidates.{number}.{error.field}"
             raise InvalidInput(error.message, field=field, remedy=error.remedy) from error

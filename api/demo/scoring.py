@@ -47,8 +47,7 @@ class Baseline:
 
     Attributes:
         name: as the table shows it.
-        recipe: how to make it.
-        recipes: what to choose from by the mean score on the search split, where there is something to tune.
+        recipes: the merge, or what to choose from by the mean score on the search split.
     """
 
     name: str

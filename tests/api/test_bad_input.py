@@ -17,6 +17,8 @@ from optimizer.spec import parse_spec
 from tests.jobs import write_job
 from tests.service import Service
 from tests.workers.models import tiny_bert, tiny_llama
+from workers.prepare import prepare
+from workers.roots import Roots
 
 Job = dict[str, Any]
 Spoil = Callable[[Job, Path], None]
@@ -179,6 +181,19 @@ def bad_warm_start(job: Job, root: Path) -> None:
     job["warm_starts"] = {"candidates": [{"coefficients": {"nobody": 1.0}}]}
 
 
+def bad_warm_recipe(job: Job, root: Path) -> None:
+    recipe = good_recipe(job, root)
+    recipe["root"]["operator"] = "blend"
+    job["warm_starts"] = {"candidates": [{"recipe": recipe}]}
+
+
+def good_recipe(job: Job, root: Path) -> Any:
+    """The uniform merge of a job, as a candidate's page shows it."""
+    spec = parse_spec(job)
+    space = make_space(spec, prepare(spec, Roots([root])))
+    return space.recipe(space.uniform()).to_json()
+
+
 CASES: list[tuple[Spoil, str, str]] = [
     (missing_checkpoint, "experts.1.path", "does not exist"),
     (truncated_checkpoint, "experts.1", "model.safetensors"),
@@ -206,6 +221,7 @@ CASES: list[tuple[Spoil, str, str]] = [
     (missing_head, "objectives.1.head", "head"),
     (too_many_experts, "experts", "slerp"),
     (bad_warm_start, "warm_starts.candidates.0.coefficients", "nobody"),
+    (bad_warm_recipe, "warm_starts.candidates.0", "blend"),
 ]
 
 
@@ -235,14 +251,7 @@ def test_the_good_job_is_valid(world: tuple[httpx.Client, Path, Job]) -> None:
 
 def test_a_recipe_may_be_a_warm_start(world: tuple[httpx.Client, Path, Job]) -> None:
     http, root, good = world
-    from workers.prepare import prepare
-    from workers.roots import Roots
-
-    spec = parse_spec(good)
-    problem = prepare(spec, Roots([root]))
-    space = make_space(spec, problem)
-    recipe = space.recipe(space.uniform()).to_json()
-    job = good | {"warm_starts": {"candidates": [{"recipe": recipe, "label": "mine"}]}}
+    job = good | {"warm_starts": {"candidates": [{"recipe": good_recipe(good, root), "label": "mine"}]}}
     answer = http.post("/jobs/validate", json=job)
     assert answer.status_code == 200, answer.text
 
