@@ -176,8 +176,13 @@ class Search:
         return cls(context, options)
 
     def _window(self) -> int:
-        """Most proposals of the algorithm that may wait for being told; it follows a generation that grows."""
-        return max(self.algorithm.batch_size, self.spec.in_flight)
+        """Most proposals of the algorithm that may wait for being told; it follows a generation that grows.
+
+        Outcomes are told in order, so one slow candidate holds up the rest: with several in flight as many again are
+        proposed ahead, which keeps the other workers busy meanwhile.
+        """
+        ahead = 2 * self.spec.in_flight if self.spec.in_flight > 1 else 1
+        return max(self.algorithm.batch_size, ahead)
 
     def _room(self) -> int:
         """How many proposals may be asked for now. Warm starts are told first: an algorithm may begin from them."""
