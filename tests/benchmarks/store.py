@@ -90,6 +90,7 @@ def _best(call: Callable[[], object]) -> float:
 
 def _reads(store: SqlStore, lease: Lease) -> Iterator[tuple[str, Callable[[], object]]]:
     job = lease.job_id
+    some = store.get_job(job).progress.proposed // 2
     deep = _middle(store, job, "index")
     deep_value = _middle(store, job, "-value")
     yield "list jobs", store.list_jobs
@@ -105,7 +106,7 @@ def _reads(store: SqlStore, lease: Lease) -> Iterator[tuple[str, Callable[[], ob
     yield "front by value", lambda: store.list_candidates(job, sort="-value", objective="c", on_front=True)
     yield "failed ones", lambda: store.list_candidates(job, state="failed")
     yield "pending ones (none)", lambda: store.list_candidates(job, state="pending")
-    yield "one candidate", lambda: store.get_candidate(job, 54321)
+    yield "one candidate", lambda: store.get_candidate(job, some)
     yield "front(limit=2000)", lambda: store.front(job, 2000)
     yield "progression", lambda: store.progression(job)
     yield "events, last 500", lambda: store.events(job, _last_event(store, job) - 500)
@@ -214,13 +215,18 @@ class _Filler:
             session.execute(insert(EventRow), [self._event(i, now) for i in indices if not self.duplicate[i]])
 
     def _finish(self, front: int) -> None:
-        best = np.minimum.accumulate(np.where(self.own[:, None], self.losses, np.inf)) * np.array([-1.0, 1.0, -1.0])
-        improved = np.flatnonzero(np.r_[True, (best[1:] != best[:-1]).any(axis=1)])
+        losses = np.where(self.own[:, None], self.losses, np.inf)
+        best = np.minimum.accumulate(losses) * np.array([-1.0, 1.0, -1.0])
+        lowest = np.minimum.accumulate(losses.mean(axis=1))
+        improved = np.flatnonzero(np.r_[True, (best[1:] != best[:-1]).any(axis=1) | (lowest[1:] != lowest[:-1])])
         completed = np.cumsum(self.own)
         with self.store.write() as session:
             session.execute(
                 insert(ImprovementRow),
-                [self._row(i) | {"completed": int(completed[i]), "best": best[i].tolist()} for i in improved],
+                [
+                    self._row(i) | {"completed": int(completed[i]), "best": best[i].tolist(), "loss": float(lowest[i])}
+                    for i in improved
+                ],
             )
             session.execute(
                 update(JobRow)
@@ -232,6 +238,7 @@ class _Filler:
                     duplicates=int(self.duplicate.sum()),
                     front=front,
                     best=best[-1].tolist(),
+                    best_loss=float(lowest[-1]),
                 )
             )
 
