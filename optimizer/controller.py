@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from optimizer.errors import (
@@ -25,6 +25,7 @@ from optimizer.errors import (
 )
 from optimizer.fitness.aggregate import aggregate, violation
 from optimizer.ports import (
+    Candidate,
     Evaluation,
     EvaluationPool,
     Failure,
@@ -155,8 +156,8 @@ class JobRun:
         self._store.start(self._lease, problem)
         search = Search(record.spec, problem)
         search.replay(record.candidates, record.evaluations)
-        if not search.candidates:
-            self._add(search, first=True)
+        if not search.candidates and (first := search.first()):
+            self._add(search, first)
         pool = self._pools.open(record.spec, problem)
         try:
             return self._loop(search, pool, keeper)
@@ -173,7 +174,9 @@ class JobRun:
             halt = _halt(search, keeper)
             if halt is None:
                 self._take_enqueued(search)
-                self._add(search)
+                # What is known already costs no evaluation, and may lead to more at once.
+                while new := search.next():
+                    self._add(search, new)
                 self._dispatch(search, pool)
                 if search.finished:
                     return "completed", search.stop_reason
@@ -194,16 +197,12 @@ class JobRun:
             except InvalidInput as error:
                 self._store.reject_enqueued(self._lease, item.id, Failure(error.code, str(error)))
                 continue
-            self._store.add_candidates(self._lease, [candidate], taken=[item.id])
-            search.add([candidate])
+            self._add(search, [candidate], taken=[item.id])
 
-    def _add(self, search: Search, *, first: bool = False) -> None:
-        """Record new proposals; what is known already costs no evaluation and may lead to more at once."""
-        new = search.first() if first else search.next()
-        while new:
-            self._store.add_candidates(self._lease, new)
-            search.add(new)
-            new = [] if first else search.next()
+    def _add(self, search: Search, new: Sequence[Candidate], taken: Sequence[int] = ()) -> None:
+        """Commit candidates, then let the search have them."""
+        self._store.add_candidates(self._lease, new, taken)
+        search.add(new)
 
     def _dispatch(self, search: Search, pool: EvaluationPool) -> None:
         # No more than the workers can be at: what waits here, not there, can still be paused.
