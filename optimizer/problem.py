@@ -10,7 +10,8 @@ from optimizer.geometry import Layout
 from optimizer.recipe import ModelId
 from optimizer.spec import Direction, Strict
 
-Columns = Literal["per_expert", "interpolation"]
+Columns = Literal["per_expert", "interpolation", "scale"]
+Needs = Literal["weights", "factors", "items", "gradients"]
 
 
 class OperatorInfo(Strict):
@@ -21,8 +22,34 @@ class OperatorInfo(Strict):
     reference: str = Field(description="Paper or origin.")
     columns: Columns = Field(
         default="per_expert",
-        description="`per_expert`: a coefficient for each expert; `interpolation`: one position between two models.",
+        description=(
+            "`per_expert`: a coefficient for each expert; `interpolation`: one position between two models; `scale`: one "
+            "factor of the merged task vector."
+        ),
     )
+    needs: Needs = Field(
+        default="weights",
+        description=(
+            "What it is computed from beside the weights: `factors` of LoRA adapters, calibration `items`, or "
+            "`gradients` on them."
+        ),
+    )
+    elementwise: bool = Field(
+        default=False,
+        description=(
+            "An element of the result depends on the same element of the inputs and on prepared numbers only, so that "
+            "ranges of coefficients may cut through a tensor."
+        ),
+    )
+    ordered: bool = Field(default=False, description="Whether the order of the experts matters.")
+    idempotent: bool = Field(
+        default=True,
+        description="Whether experts that are all equal merge to themselves, with coefficients that sum to 1.",
+    )
+    modifier: bool = Field(
+        default=False, description="Takes a single model: changes an expert before, or the result after, a merge."
+    )
+    varies: list[str] = Field(default_factory=list, description="Options that may differ from expert to expert.")
     uses_base: bool = Field(default=True, description="Whether the result depends on the base's weights.")
     min_experts: int = 1
     max_experts: int | None = None

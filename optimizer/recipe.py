@@ -1,22 +1,24 @@
 """Recipes: one merged model described completely as data.
 
 A recipe is a small expression. Its leaves are models; its nodes are operators with a table of coefficients (one row
-for each group of parameters, one column for each input). The same recipe gives the same weights on any machine, and
-its fingerprint is the SHA-256 of its canonical JSON, in which models stand by the digest of their content, so that
-neither where they are stored nor what a user calls them matters.
+for each group of parameters, one column for each input). A layer plan may say what stands at which depth. The same
+recipe gives the same weights on any machine, and its fingerprint is the SHA-256 of its canonical JSON, in which models
+stand by the digest of their content, so that neither where they are stored nor what a user calls them matters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from optimizer.errors import from_validation
 from optimizer.geometry import ModuleKind, Position, TensorInfo
-from optimizer.spec import ModelRef, Scalar, Strict
+from optimizer.spec import Calibration, ModelRef, Scalar, Strict
 
 UNKNOWN_DIGEST = "0" * 64
 """Stands for a digest that was not computed, where a spec is only checked and nothing is stored."""
@@ -30,15 +32,18 @@ class ModelId(Strict):
 
 
 class Selector(Strict):
-    """A group of parameters: those at one of the positions and of one of the kinds; None means any."""
+    """A group of parameters: at one of the positions, of one of the kinds, under one of the names; None means any."""
 
     positions: list[Position] | None = None
     modules: list[ModuleKind] | None = None
+    tensors: list[str] | None = Field(default=None, description="Canonical names; `*` matches anything.")
 
     def matches(self, tensor: TensorInfo) -> bool:
         """Whether the group contains ``tensor``."""
-        return (self.positions is None or tensor.position in self.positions) and (
-            self.modules is None or tensor.kind in self.modules
+        return (
+            (self.positions is None or tensor.position in self.positions)
+            and (self.modules is None or tensor.kind in self.modules)
+            and (self.tensors is None or any(fnmatchcase(tensor.name, pattern) for pattern in self.tensors))
         )
 
     @property
@@ -53,6 +58,8 @@ class Selector(Strict):
             parts.append(" + ".join(words))
         if self.modules is not None:
             parts.append(" + ".join(self.modules))
+        if self.tensors is not None:
+            parts.append(" + ".join(self.tensors))
         return " · ".join(parts) or "all"
 
 
@@ -60,34 +67,67 @@ class Leaf(Strict):
     """A model as it is."""
 
     model: str = Field(description="Name of one of the recipe's models.")
+    layer: int | None = Field(
+        default=None, ge=0, description="Within a layer plan: the model's layer to take, if not the planned one."
+    )
 
 
 class Merge(Strict):
     """An operator applied to its inputs.
 
-    Parameters that no group selects are the base's, unchanged.
+    The table of coefficients has a row for each group of parameters (``groups``; the first one that contains a
+    parameter decides, and those in none are the base's, unchanged), or for each range of the flat vector of all shared
+    parameters in the layout's order (``breaks``: row k holds from ``breaks[k-1]`` up to, not including, ``breaks[k]``).
     """
 
     operator: str
     options: dict[str, Scalar] = Field(default_factory=dict)
     base: Leaf | Merge = Field(description="What task vectors are relative to.")
     inputs: list[Leaf | Merge] = Field(min_length=1)
-    groups: list[Selector] = Field(min_length=1)
-    coefficients: list[list[float]] = Field(description="One row for each group, one column for each coefficient.")
+    groups: list[Selector] | None = Field(default=None, min_length=1)
+    breaks: list[int] | None = Field(default=None, description="Ascending positions in the flat vector, from 1.")
+    coefficients: list[list[float]] = Field(description="One row for each group or range, one column a coefficient.")
+    tables: dict[str, list[list[float]]] | None = Field(
+        default=None,
+        description="Options that differ: by name a table with the coefficients' rows and one column, or one an input.",
+    )
 
     @model_validator(mode="after")
     def _rectangular(self) -> Merge:
-        widths = {len(row) for row in self.coefficients}
-        if len(self.coefficients) != len(self.groups) or len(widths) != 1:
-            raise ValueError(f"coefficients: {len(self.groups)} rows of equal length are needed, one for each group")
+        if (self.groups is None) == (self.breaks is None):
+            raise ValueError("give exactly one of `groups` and `breaks`")
+        rows = len(self.groups) if self.groups is not None else len(self.breaks or []) + 1
+        if len(self.coefficients) != rows or len({len(row) for row in self.coefficients}) != 1:
+            raise ValueError(f"coefficients: {rows} rows of equal length are needed, one for each group or range")
+        for name, table in (self.tables or {}).items():
+            if len(table) != rows or {len(row) for row in table} not in ({1}, {len(self.inputs)}):
+                raise ValueError(f"tables.{name}: {rows} rows of 1 or {len(self.inputs)} numbers are needed")
+            if name in self.options:
+                raise ValueError(f"tables.{name}: the option stands under `options` as well")
+        if self.breaks is not None and self.breaks != sorted(set(self.breaks)):
+            raise ValueError("breaks: positions must ascend, without repetition")
+        if self.breaks and self.breaks[0] < 1:
+            raise ValueError("breaks: the first position is at least 1")
         return self
 
-    def row(self, tensor: TensorInfo) -> list[float] | None:
-        """Return the coefficients of ``tensor`` (the first group that contains it decides), or None."""
-        for selector, row in zip(self.groups, self.coefficients, strict=True):
-            if selector.matches(tensor):
-                return row
-        return None
+    def row(self, tensor: TensorInfo) -> int | None:
+        """Return the number of the first group that contains ``tensor``, or None; for tables of groups."""
+        return next((number for number, group in enumerate(self.groups or []) if group.matches(tensor)), None)
+
+
+class PlannedLayer(Strict):
+    """What stands at one depth of a model whose layers are rearranged."""
+
+    layer: int = Field(ge=0, description="Layer of the recipe's models that it is made from.")
+    node: Leaf | Merge | None = Field(default=None, description="What it is made of; the recipe's root by default.")
+    scale: float = Field(default=1.0, description="Factor of what the layer adds to the residual stream.")
+
+
+class CalibrationId(Strict):
+    """Data that an operator measured a model on."""
+
+    spec: Calibration
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 over the items.")
 
 
 class Recipe(Strict):
@@ -96,10 +136,16 @@ class Recipe(Strict):
     format: Literal[1] = 1
     models: dict[str, ModelId] = Field(description="The base (under the name `base`) and the experts.")
     root: Leaf | Merge
+    layers: list[PlannedLayer] | None = Field(
+        default=None, min_length=1, description="The layers from first to last; those of the base by default."
+    )
+    calibration: dict[str, CalibrationId] | None = Field(
+        default=None, description="By model, the data that operators such as Fisher merging measured it on."
+    )
 
     @model_validator(mode="after")
     def _known_models(self) -> Recipe:
-        unknown = sorted(leaves(self.root) - set(self.models))
+        unknown = sorted(self.used - set(self.models))
         if unknown:
             raise ValueError(f"root: names models that the recipe does not list: {', '.join(unknown)}")
         return self
@@ -117,10 +163,29 @@ class Recipe(Strict):
             raise from_validation(error, field) from error
 
     @property
+    def used(self) -> set[str]:
+        """Names of the models that the recipe is made from."""
+        nodes = [self.root, *(planned.node for planned in self.layers or [] if planned.node is not None)]
+        return set().union(*(leaves(node) for node in nodes))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
         digests = {name: model.digest for name, model in self.models.items()}
-        return hashlib.sha256(canonical_json(_canonical(self.root, digests)).encode()).hexdigest()
+        data = canonical(self.root, digests)
+        if self.layers is not None or self.calibration is not None:
+            planned = [
+                [entry.layer, entry.scale, canonical(entry.node or self.root, digests)] for entry in self.layers or []
+            ]
+            # A model's data matters only where an operator measures it, but the recipe does not know which ones do.
+            data = {"root": data, "layers": planned, "calibration": self._calibration(digests)}
+        return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+    def _calibration(self, digests: dict[str, str]) -> dict[str, Any]:
+        return {
+            digests[name]: [found.digest, found.spec.evaluator, found.spec.options, found.spec.head]
+            for name, found in (self.calibration or {}).items()
+        }
 
 
 def leaves(node: Leaf | Merge) -> set[str]:
@@ -135,17 +200,24 @@ def canonical_json(data: Any) -> str:
     return json.dumps(_positive_zero(data), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _canonical(node: Leaf | Merge, digests: dict[str, str]) -> Any:
+def canonical(node: Leaf | Merge, digests: Mapping[str, str]) -> Any:
+    """Return what a node means as plain data, with models standing by the digest of their content."""
     if isinstance(node, Leaf):
-        return digests[node.model]
-    return {
+        return digests[node.model] if node.layer is None else [digests[node.model], node.layer]
+    data = {
         "operator": node.operator,
         "options": node.options,
-        "base": _canonical(node.base, digests),
-        "inputs": [_canonical(child, digests) for child in node.inputs],
-        "groups": [group.model_dump(mode="json") for group in node.groups],
+        "base": canonical(node.base, digests),
+        "inputs": [canonical(child, digests) for child in node.inputs],
         "coefficients": node.coefficients,
     }
+    if node.groups is not None:
+        data["groups"] = [group.model_dump(mode="json", exclude_none=True) for group in node.groups]
+    if node.breaks is not None:
+        data["breaks"] = node.breaks
+    if node.tables:
+        data["tables"] = node.tables
+    return data
 
 
 def _positive_zero(data: Any) -> Any:
@@ -157,4 +229,5 @@ def _positive_zero(data: Any) -> Any:
 
 
 Merge.model_rebuild()
+PlannedLayer.model_rebuild()
 Recipe.model_rebuild()

@@ -234,7 +234,7 @@ def make_space(spec: JobSpec, problem: Problem) -> MergeSpace:
             variables.append(Variable(name, value.low, value.high, "integer" if value.integer else "real"))
         elif isinstance(value, ChoiceVariable):
             variables.append(Variable(name, 0.0, float(len(value.choices)), "choice", tuple(value.choices)))
-        else:
+        elif not isinstance(value, list):
             fixed[name] = value
     return MergeSpace(tuple(variables), problem, tuple(groups), columns, fixed)
 

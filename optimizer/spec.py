@@ -92,6 +92,10 @@ class RangeVariable(Strict):
     low: float = Field(description="Lower bound.")
     high: float = Field(description="Upper bound.")
     integer: bool = Field(default=False, description="Whole numbers only.")
+    per_group: bool = Field(default=False, description="A value of its own for each coefficient group.")
+    per_expert: bool = Field(
+        default=False, description="A value of its own for each expert, where the operator says its option `varies`."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> RangeVariable:
@@ -111,12 +115,12 @@ class ChoiceVariable(Strict):
 class Granularity(Strict):
     """How many coefficients each expert gets: layer groups × module groups."""
 
-    layers: Literal["whole", "groups", "each"] = Field(
+    layers: Literal["whole", "groups", "each", "tensors"] = Field(
         default="each",
         description=(
             "`whole`: one coefficient for the whole model; `groups`: one for every `group_size` layers; `each`: one "
-            "a layer. With the last two, what stands before the first layer (embeddings) and after the last one each "
-            "have their own."
+            "a layer. With these two, what stands before the first layer (embeddings) and after the last one each "
+            "have their own. `tensors`: one for every parameter tensor."
         ),
     )
     group_size: int = Field(default=4, ge=1, le=512, description="Layers that share a coefficient with `groups`.")
@@ -137,41 +141,6 @@ class Granularity(Strict):
         if len(kinds) != len(set(kinds)) or not all(value):
             raise ValueError("each module kind may stand in one set only, and no set may be empty")
         return value
-
-
-class MergeSpec(Strict):
-    """What is merged how, and what the search may vary."""
-
-    operator: str = Field(
-        default="task_arithmetic",
-        description="How tensors are combined; GET /api/v1/operators lists them with their options.",
-        examples=["task_arithmetic", "ties"],
-    )
-    options: dict[str, Scalar | RangeVariable | ChoiceVariable] = Field(
-        default_factory=dict,
-        max_length=32,
-        description=(
-            "Options of the operator. A value is fixed; {low, high} or {choices} makes the option a variable of the search."
-        ),
-        examples=[{"density": {"low": 0.1, "high": 1.0}}],
-    )
-    granularity: Granularity = Field(default_factory=Granularity, description="How many coefficients each expert gets.")
-    bounds: Bounds | None = Field(
-        default=None, description="Bounds of the coefficients; the operator's own by default."
-    )
-    frozen: list[ModuleKind] = Field(
-        default_factory=list,
-        description="Module kinds that are not merged but kept as the base has them.",
-        examples=[["embeddings"]],
-    )
-    heads: list[str] = Field(
-        default=["classifier.*", "score.*", "qa_outputs.*"],
-        max_length=64,
-        description=(
-            "Patterns (`*` matches anything) of parameters that experts do not share: they stay the expert's own, and an "
-            "objective names whose head it uses."
-        ),
-    )
 
 
 class DataSpec(Strict):
@@ -198,6 +167,73 @@ class DataSpec(Strict):
         examples=[{"text": "word", "label": "language"}],
     )
     limit: int | None = Field(default=None, ge=1, description="Use the first this many items only.", examples=[200])
+
+
+class Calibration(Strict):
+    """Data that an operator such as Fisher merging or RegMean measures a model on; best not the search's."""
+
+    evaluator: str = Field(
+        description="Kind of measure that can read the items; GET /api/v1/evaluators lists them.",
+        examples=["text_classification"],
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
+    data: DataSpec = Field(description="The items; 256 are usual.")
+    head: str | None = Field(
+        default=None, description="Name of the expert whose head is used; the model's own by default."
+    )
+
+
+class Modifier(Strict):
+    """A change to each expert before, or to the result after, the merge."""
+
+    operator: str = Field(description="An operator that says it is a `modifier`.", examples=["prune", "lines"])
+    on: Literal["experts", "merged"] = Field(description="What it changes.")
+    options: dict[str, Scalar | RangeVariable | ChoiceVariable] = Field(
+        default_factory=dict, max_length=32, description="Its options; {low, high} or {choices} makes one a variable."
+    )
+
+
+class MergeSpec(Strict):
+    """What is merged how, and what the search may vary."""
+
+    operator: str = Field(
+        default="task_arithmetic",
+        description="How tensors are combined; GET /api/v1/operators lists them with their options.",
+        examples=["task_arithmetic", "ties"],
+    )
+    options: dict[str, Scalar | list[float] | RangeVariable | ChoiceVariable] = Field(
+        default_factory=dict,
+        max_length=32,
+        description=(
+            "Options of the operator. A value is fixed, a list has a fixed value for each expert; {low, high} or {choices} "
+            "makes the option a variable of the search."
+        ),
+        examples=[{"density": {"low": 0.1, "high": 1.0}}],
+    )
+    modifiers: list[Modifier] = Field(
+        default_factory=list, max_length=8, description="Changes before and after the merge, in this order."
+    )
+    calibration: dict[Name, Calibration] = Field(
+        default_factory=dict,
+        description="By model (`base` or an expert), the data that the operator measures it on, where it needs any.",
+    )
+    granularity: Granularity = Field(default_factory=Granularity, description="How many coefficients each expert gets.")
+    bounds: Bounds | None = Field(
+        default=None, description="Bounds of the coefficients; the operator's own by default."
+    )
+    frozen: list[ModuleKind] = Field(
+        default_factory=list,
+        description="Module kinds that are not merged but kept as the base has them.",
+        examples=[["embeddings"]],
+    )
+    heads: list[str] = Field(
+        default=["classifier.*", "score.*", "qa_outputs.*"],
+        max_length=64,
+        description=(
+            "Patterns (`*` matches anything) of parameters that experts do not share: they stay the expert's own, and an "
+            "objective names whose head it uses."
+        ),
+    )
 
 
 class Constraint(Strict):

@@ -43,6 +43,21 @@ class TensorMeta:
     file: str
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A task vector of low rank: scale · up @ down.
+
+    Attributes:
+        up: B, shape (out, rank).
+        down: A, shape (rank, in).
+        scale: PEFT's alpha / rank, or alpha / sqrt(rank).
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+
 class Checkpoint:
     """A model directory, opened: its configuration, and its tensors mapped from disk.
 
@@ -77,6 +92,11 @@ class Checkpoint:
                     self._files[file] = safe_open(self.path / file, framework="pt")
                 self._mapped[name] = self._files[file].get_tensor(name)
             return self._mapped[name]
+
+    def factors(self, name: str) -> Factors | None:
+        """Return the low-rank factors of a tensor's difference to the base's, or None: only adapters have them."""
+        del name
+        return None
 
     @cached_property
     def digest(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,17 @@ def _summary(root: Leaf | Merge) -> str:
     names = [child.model if isinstance(child, Leaf) else f"merge {number}" for number, child in enumerate(root.inputs)]
     columns = names if width == len(names) else [f"from {names[0]} to {names[-1]}"]
     rows = [
-        (group.label, *(f"{number:.4g}" for number in row))
-        for group, row in zip(root.groups, root.coefficients, strict=True)
+        (label, *(f"{number:.4g}" for number in row)) for label, row in zip(_rows(root), root.coefficients, strict=True)
     ]
     lines.append(_table(("Parameters", *columns), rows))
     return "\n\n".join(lines)
+
+
+def _rows(merge: Merge) -> list[str]:
+    if merge.groups is not None:
+        return [group.label for group in merge.groups]
+    bounds = ["0", *map(str, merge.breaks or []), "end"]
+    return [f"parameters {begin} to {end}" for begin, end in pairwise(bounds)]
 
 
 def _spec(spec: JobSpec) -> str:

@@ -187,9 +187,9 @@ def test_the_first_group_that_selects_a_parameter_decides() -> None:
     )
     rows = {tensor.name: node.row(tensor) for tensor in layout.shared}
     assert rows == {
-        "layers.0.attention.query.weight": [1.0],
-        "layers.0.mlp.up_proj.weight": [1.0],
-        "layers.1.attention.query.weight": [2.0],
+        "layers.0.attention.query.weight": 0,
+        "layers.0.mlp.up_proj.weight": 0,
+        "layers.1.attention.query.weight": 1,
         "layers.1.mlp.up_proj.weight": None,
     }
     assert [tensor.name for tensor in layout.shared if node.row(tensor) is None] == ["layers.1.mlp.up_proj.weight"]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizer.problem import OperatorInfo
+from tests.workers.merging.running import merge
 from workers.merging import blocks
 from workers.merging.operator import OPERATORS, Operator
 
@@ -24,9 +25,11 @@ def each(operators: list[Operator]) -> pytest.MarkDecorator:
 
 
 every_operator = each(list(OPERATORS.values()))
+unordered = each([entry for entry in OPERATORS.values() if not entry.info.ordered])
+idempotent = each([entry for entry in OPERATORS.values() if entry.info.idempotent])
 interpolations = each([entry for entry in OPERATORS.values() if entry.info.columns == "interpolation"])
 from_the_base = each(
-    [entry for entry in OPERATORS.values() if entry.info.columns == "per_expert" and entry.info.uses_base]
+    [entry for entry in OPERATORS.values() if entry.info.columns != "interpolation" and entry.info.uses_base]
 )
 
 
@@ -43,7 +46,7 @@ def number_of_inputs(info: OperatorInfo) -> int:
 
 
 def coefficients(info: OperatorInfo) -> list[float]:
-    if info.columns == "interpolation":
+    if info.columns != "per_expert":
         return [0.3]
     return [0.5, 0.3, 0.4, 0.2][: number_of_inputs(info)]
 
@@ -51,10 +54,7 @@ def coefficients(info: OperatorInfo) -> list[float]:
 def run(
     operator: Operator, tensors: Sequence[Tensor], row: Sequence[float], dtype: torch.dtype | None = None
 ) -> Tensor:
-    out = torch.full_like(tensors[0], math.nan, dtype=dtype or tensors[0].dtype)
-    base = tensors[0] if operator.info.uses_base else None
-    operator.merge(base, list(tensors[1:]), list(row), operator.options(), out)
-    return out
+    return merge(operator, tensors, row, dtype=dtype)
 
 
 @every_operator
@@ -119,25 +119,26 @@ def test_neither_threads_nor_blocks_nor_repetition_change_a_bit(
             torch.set_num_threads(threads)
 
 
-@every_operator
+@idempotent
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_equal_models_stay_as_they_are(operator: Operator, seed: int) -> None:
     tensor = models(1, seed=seed)[1]
     count = number_of_inputs(operator.info)
-    row = [1 / count] * count if operator.info.columns == "per_expert" else [0.37]
+    row = {"per_expert": [1 / count] * count, "interpolation": [0.37], "scale": [1.0]}[operator.info.columns]
     out = run(operator, [tensor] * (count + 1), row)
     torch.testing.assert_close(out, tensor, rtol=1e-12, atol=1e-12)
 
 
 def permuted(operator: Operator, seed: int, order: Sequence[int]) -> tuple[Tensor, Tensor]:
     base, *inputs = models(len(order), seed=seed)
-    row = [0.5, 0.3, 0.4][: len(order)]
     swapped = [inputs[number] for number in order]
-    return run(operator, [base, *inputs], row), run(operator, [base, *swapped], [row[number] for number in order])
+    row = [0.5, 0.3, 0.4][: len(order)] if operator.info.columns == "per_expert" else [0.5]
+    turned = [row[number] for number in order] if operator.info.columns == "per_expert" else row
+    return run(operator, [base, *inputs], row), run(operator, [base, *swapped], turned)
 
 
-@every_operator
+@unordered
 @given(seed=st.integers(0, 10_000), order=st.permutations(range(3)))
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_the_experts_does_not_matter(operator: Operator, seed: int, order: list[int]) -> None:
@@ -145,7 +146,7 @@ def test_the_order_of_the_experts_does_not_matter(operator: Operator, seed: int,
         base, first, second = models(2, seed=seed)
         left, right = run(operator, [base, first, second], [0.3]), run(operator, [base, second, first], [0.7])
     else:
-        left, right = permuted(operator, seed, order)
+        left, right = permuted(operator, seed, [place for place in order if place < number_of_inputs(operator.info)])
     torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
@@ -160,4 +161,5 @@ def test_end_points_of_an_interpolation_are_exact(operator: Operator) -> None:
 def test_no_coefficient_leaves_the_base(operator: Operator) -> None:
     count = number_of_inputs(operator.info)
     tensors = [tensor.to(torch.bfloat16) for tensor in models(count)]
-    assert torch.equal(run(operator, tensors, [0.0] * count), tensors[0])
+    row = [0.0] * (count if operator.info.columns == "per_expert" else 1)
+    assert torch.equal(run(operator, tensors, row), tensors[0])

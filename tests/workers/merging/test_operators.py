@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optimizer.errors import InfeasibleCandidate, InvalidInput
 from optimizer.spec import ChoiceVariable, RangeVariable, Scalar
+from tests.workers.merging import running
 from tests.workers.merging.test_conformance import DTYPES, models
 from workers.merging.operator import OPERATORS, operator_info, parse_operator_options
 
@@ -29,10 +30,7 @@ def merge(
     name: str, base: Tensor | Array, inputs: Sequence[Tensor | Array], row: Sequence[float], **options: Scalar
 ) -> Tensor:
     entry = OPERATORS[name]
-    parts = [torch.as_tensor(part) for part in (base, *inputs)]
-    out = torch.empty_like(parts[0])
-    entry.merge(parts[0] if entry.info.uses_base else None, parts[1:], row, entry.options(**options), out)
-    return out
+    return running.merge(entry, [torch.as_tensor(part) for part in (base, *inputs)], row, options=options)
 
 
 def close(found: Tensor, wanted: Array) -> None:

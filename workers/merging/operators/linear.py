@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
 
 from optimizer.errors import InfeasibleCandidate
 from workers.merging.blocks import weighted_sum
-from workers.merging.operator import Options, operator
+from workers.merging.operator import Options, Parameter, operator
 
 SMALLEST_SUM = 1e-8
 
@@ -27,17 +26,16 @@ class LinearOptions(Options):
     reference="Wortsman et al., Model soups, arXiv 2203.05482",
     options=LinearOptions,
     uses_base=False,
+    elementwise=True,
 )
-def linear(
-    base: Tensor | None, inputs: Sequence[Tensor], coefficients: Sequence[float], options: LinearOptions, out: Tensor
-) -> None:
+def linear(parameter: Parameter, out: Tensor) -> None:
     """Compute Σ w_i θ_i, divided by Σ w_i with ``normalise``; see `MergeFunction`.
 
     Raises:
         InfeasibleCandidate: with ``normalise``, the coefficients sum to almost nothing.
     """
-    del base
-    total = math.fsum(coefficients) if options.normalise else 1.0
+    coefficients = parameter.coefficients
+    total = math.fsum(coefficients) if parameter.options.normalise else 1.0
     if abs(total) < SMALLEST_SUM:
         raise InfeasibleCandidate(f"the coefficients sum to {total:g}, so the average is not defined")
-    weighted_sum(out, inputs, [number / total for number in coefficients])
+    weighted_sum(out, parameter.models, [number / total for number in coefficients])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
 
 from workers.merging.blocks import dot, weighted_sum
-from workers.merging.operator import Options, operator
+from workers.merging.operator import Options, Parameter, operator
 
 SMALLEST_NORM = 1e-8
 
@@ -31,18 +30,15 @@ class SlerpOptions(Options):
     uses_base=False,
     max_experts=2,
 )
-def slerp(
-    base: Tensor | None, inputs: Sequence[Tensor], coefficients: Sequence[float], options: SlerpOptions, out: Tensor
-) -> None:
+def slerp(parameter: Parameter, out: Tensor) -> None:
     """Compute sin((1−t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b, Ω the angle between a and b; see `MergeFunction`.
 
     Linear where |cos Ω| exceeds the threshold (as mergekit does) or one tensor is all but zero and has no direction
     (where mergekit takes a right angle).
     """
-    del base
-    first, second = inputs
-    (t,) = coefficients
-    weighted_sum(out, inputs, _weights(first, second, t, options.lerp_threshold))
+    first, second = parameter.models
+    (t,) = parameter.coefficients
+    weighted_sum(out, parameter.models, _weights(first, second, t, parameter.options.lerp_threshold))
 
 
 def _weights(first: Tensor, second: Tensor, t: float, threshold: float) -> tuple[float, float]:

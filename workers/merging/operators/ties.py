@@ -13,7 +13,7 @@ from torch.nn.functional import hardshrink
 from torch.utils.weak import WeakIdKeyDictionary
 
 from workers.merging.blocks import blockwise, work_dtype
-from workers.merging.operator import Options, operator
+from workers.merging.operator import Options, Parameter, operator
 
 _Answer = tuple["weakref.ref[Tensor]", tuple[int, torch.dtype, int, int], float]
 _REMEMBERED: MutableMapping[Tensor, _Answer] = WeakIdKeyDictionary()
@@ -44,17 +44,15 @@ class TiesOptions(Options):
     reference="Yadav et al., TIES-Merging, arXiv 2306.01708",
     options=TiesOptions,
 )
-def ties(
-    base: Tensor | None, inputs: Sequence[Tensor], coefficients: Sequence[float], options: TiesOptions, out: Tensor
-) -> None:
+def ties(parameter: Parameter, out: Tensor) -> None:
     """Compute base + scale · Σ_{agreeing} w_i τ_i [/ Σ_{agreeing} |w_i|] over trimmed task vectors; see `MergeFunction`.
 
     The elected sign is that of Σ w_i τ_i (plus where it is 0). Entries as large as the smallest kept one are all kept,
     where mergekit breaks such ties by position. For coefficients ≥ 0, `mean` is mergekit's normalised merge; for
     others mergekit divides by the signed sum, which can vanish. For equal coefficients it is the paper's disjoint mean.
     """
-    assert base is not None  # noqa: S101 - the engine gives it, as the operator says it uses it
-    used = [(tensor, number) for tensor, number in zip(inputs, coefficients, strict=True) if number != 0.0]
+    base, inputs, options = parameter.ancestor, parameter.models, parameter.options
+    used = [(tensor, number) for tensor, number in zip(inputs, parameter.coefficients, strict=True) if number != 0.0]
     if not used:
         out.copy_(base)
         return
