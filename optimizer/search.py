@@ -109,8 +109,8 @@ class Search:
         for given in self.spec.warm_starts.candidates:
             genome, recipe = self.space.encode(given)
             wanted.append(self._candidate(genome, recipe, label=given.label, origin="user"))
-        for label, genome in self.space.warm_starts(self.spec):
-            wanted.append(self._candidate(genome, self.space.recipe(genome), label=label, origin="warm_start"))
+        for start in self.space.warm_starts(self.spec):
+            wanted.append(self._candidate(start.genome, start.recipe, label=start.label, origin="warm_start"))
         return self._number(wanted[: self.spec.budget.evaluations])
 
     def next(self) -> list[Candidate]:

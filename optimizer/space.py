@@ -7,7 +7,7 @@ the bounds works on any space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from optimizer.errors import InvalidInput
 from optimizer.geometry import MODULE_KINDS, Layout, ModuleKind, Position
 from optimizer.problem import Problem
 from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Recipe, Selector
-from optimizer.spec import CandidateInput, ChoiceVariable, Granularity, JobSpec, RangeVariable, Scalar
+from optimizer.spec import CandidateInput, ChoiceVariable, Granularity, JobSpec, Modifier, RangeVariable, Scalar
 
 Genome = NDArray[np.float64]
+_SINGLE = {"interpolation": "t", "scale": "scale"}
 Kind = Literal["real", "integer", "choice"]
 
 
@@ -82,20 +83,50 @@ class SearchSpace:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """A candidate that is evaluated first; ``genome`` is None where the space cannot express it."""
+
+    label: str
+    genome: Genome | None
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Varied:
+    """An option that the search varies: a table of variables, row by row.
+
+    Attributes:
+        name: the option's.
+        rows: 1, or one for each coefficient group.
+        cols: 1, or one for each expert.
+        modifier: number of the modifier whose option it is; None for the operator's.
+    """
+
+    name: str
+    rows: int = 1
+    cols: int = 1
+    modifier: int | None = None
+
+
+@dataclass(frozen=True)
 class MergeSpace(SearchSpace):
-    """The space of a job: coefficients (group by group, expert by expert), then the operator's variable options.
+    """The space of a job: coefficients (group by group, expert by expert), then the variable options.
 
     Attributes:
         problem: the job's inputs.
         groups: the coefficient groups.
-        columns: names of the coefficients in a group: the experts, or ``("t",)``.
-        fixed: the operator's fixed options.
+        columns: names of the coefficients in a group: the experts, ``("t",)`` or ``("scale",)``.
+        varied: the variable options, in the order of their variables.
+        fixed: the operator's fixed options; a list has a value for each expert.
+        modifiers: what changes the experts or the result, with its fixed options.
     """
 
     problem: Problem
     groups: tuple[Selector, ...] = ()
     columns: tuple[str, ...] = ()
-    fixed: dict[str, Scalar] = field(default_factory=dict)
+    varied: tuple[Varied, ...] = ()
+    fixed: dict[str, Scalar | list[float]] = field(default_factory=dict)
+    modifiers: tuple[tuple[Modifier, dict[str, Scalar]], ...] = ()
 
     @property
     def table(self) -> tuple[int, int]:
@@ -108,25 +139,64 @@ class MergeSpace(SearchSpace):
             raise InvalidInput(f"the genome has {genome.size} numbers, the job's space has {self.dim}", field="genome")
         rows, cols = self.table
         coefficients = genome[: rows * cols].reshape(rows, cols).tolist()
-        tail = zip(self.variables[rows * cols :], genome[rows * cols :].tolist(), strict=True)
-        options = self.fixed | {variable.name: variable.read(number) for variable, number in tail}
-        return self.merge(coefficients, options)
+        values = [
+            variable.read(number)
+            for variable, number in zip(self.variables[rows * cols :], genome[rows * cols :].tolist(), strict=True)
+        ]
+        read, begin = {}, 0
+        for varied in self.varied:
+            end = begin + varied.rows * varied.cols
+            read[varied] = values[begin:end]
+            begin = end
+        return self._recipe(coefficients, read)
 
-    def merge(self, coefficients: list[list[float]], options: dict[str, Scalar]) -> Recipe:
-        """Return the recipe with this coefficient table, shape (groups, columns)."""
+    def _recipe(self, coefficients: list[list[float]], read: Mapping[Varied, list[Scalar]]) -> Recipe:
         experts = [name for name in self.problem.models if name != "base"]
         inputs = experts if self.columns != ("t",) else _endpoints(experts)
-        return Recipe(
-            models=self.problem.models,
-            root=Merge(
-                operator=self.problem.operator.name,
-                options=dict(sorted(options.items())),
-                base=Leaf(model="base"),
-                inputs=[Leaf(model=name) for name in inputs],
-                groups=list(self.groups),
-                coefficients=coefficients,
-            ),
+        options, tables = self._options(read)
+        node: Leaf | Merge = Merge(
+            operator=self.problem.operator.name,
+            options=options,
+            base=Leaf(model="base"),
+            inputs=[self._modified(Leaf(model=name), "experts", read) for name in inputs],
+            groups=list(self.groups),
+            coefficients=coefficients,
+            tables=tables or None,
         )
+        return Recipe(models=self.problem.models, root=self._modified(node, "merged", read))
+
+    def _options(self, read: Mapping[Varied, list[Scalar]]) -> tuple[dict[str, Scalar], dict[str, list[list[float]]]]:
+        """The operator's options: those that are the same everywhere, and the tables of the others."""
+        rows = len(self.groups)
+        options = {name: value for name, value in self.fixed.items() if not isinstance(value, list)}
+        tables = {name: [value] * rows for name, value in self.fixed.items() if isinstance(value, list)}
+        for varied, values in read.items():
+            if varied.modifier is not None:
+                continue
+            if (varied.rows, varied.cols) == (1, 1):
+                options[varied.name] = values[0]
+            else:
+                numbers = [float(value) for value in values]
+                table = [numbers[row * varied.cols : (row + 1) * varied.cols] for row in range(varied.rows)]
+                tables[varied.name] = table if varied.rows == rows else table * rows
+        return dict(sorted(options.items())), dict(sorted(tables.items()))
+
+    def _modified(self, node: Leaf | Merge, on: str, read: Mapping[Varied, list[Scalar]]) -> Leaf | Merge:
+        """``node`` behind the modifiers of the experts, or of the merged model. The base itself is never modified."""
+        if node == Leaf(model="base"):
+            return node
+        for number, (modifier, fixed) in enumerate(self.modifiers):
+            if modifier.on == on:
+                values = {varied.name: values[0] for varied, values in read.items() if varied.modifier == number}
+                node = Merge(
+                    operator=modifier.operator,
+                    options=dict(sorted((fixed | values).items())),
+                    base=Leaf(model="base"),
+                    inputs=[node],
+                    groups=[Selector()],
+                    coefficients=[[1.0]],
+                )
+        return node
 
     def encode(self, candidate: CandidateInput) -> tuple[Genome | None, Recipe]:
         """Return the genome (None for a foreign recipe) and the recipe of a candidate that a user gave.
@@ -167,28 +237,48 @@ class MergeSpace(SearchSpace):
         middle = (self.low + self.high)[rows * cols :] / 2
         return np.concatenate([table.ravel(), middle])
 
-    def warm_starts(self, spec: JobSpec) -> list[tuple[str, Genome]]:
-        """Return the labelled genomes that are evaluated first, as ``spec.warm_starts`` asks."""
-        wanted, out = spec.warm_starts, []
-        if self.columns == ("t",):
-            ends = _endpoints([name for name in self.problem.models if name != "base"])
-            points = {ends[0]: {"t": 0.0}, ends[1]: {"t": 1.0}}
-            middle: dict[str, float] = {"t": 0.5}
-        else:
-            points = {"base": {}} if self.problem.operator.uses_base else {}
-            points |= {name: {name: 1.0} for name in self.columns}
-            middle = dict.fromkeys(self.columns, 1.0 / len(self.columns))
-        for name, values in points.items():
-            if wanted.base if name == "base" else wanted.experts:
-                out.append((name, self.point(dict(values))))
+    def warm_starts(self, spec: JobSpec) -> list[WarmStart]:
+        """Return what is evaluated first, as ``spec.warm_starts`` asks.
+
+        Where an operator has no coefficient of its own for an expert, or modifiers change the experts, each expert
+        stands as it is, without a genome.
+        """
+        wanted = spec.warm_starts
+        out: list[WarmStart] = []
+        for name, values in self._points().items():
+            if not (wanted.base if name == "base" else wanted.experts):
+                continue
+            if values is None:
+                out.append(WarmStart(name, None, Recipe(models=self.problem.models, root=Leaf(model=name))))
+            else:
+                out.append(self._start(name, self.point(values)))
         if wanted.uniform:
-            out.append(("uniform", self.point(dict(middle))))
+            out.append(self._start("uniform", self.point(self._middle())))
         return out
 
     def uniform(self) -> Genome:
         """Return the uniform merge, moved inside the bounds: where searches start."""
-        value = 0.5 if self.columns == ("t",) else 1.0 / len(self.columns)
-        return self.clip(self.point(dict.fromkeys(self.columns, value)))
+        return self.clip(self.point(self._middle()))
+
+    def _start(self, label: str, genome: Genome) -> WarmStart:
+        return WarmStart(label, genome, self.recipe(genome))
+
+    def _points(self) -> dict[str, dict[str, float | list[float]] | None]:
+        """The coefficients at which each model stands alone; None where there are none."""
+        experts = [name for name in self.problem.models if name != "base"]
+        if self.columns == ("t",) and not self.modifiers:
+            first, last = _endpoints(experts)
+            return {first: {"t": 0.0}, last: {"t": 1.0}}
+        points: dict[str, dict[str, float | list[float]] | None] = (
+            {"base": {}} if self.problem.operator.uses_base else {}
+        )
+        alone = self.columns not in (("scale",), ("t",)) and not self.modifiers
+        return points | {name: {name: 1.0} if alone else None for name in experts}
+
+    def _middle(self) -> dict[str, float | list[float]]:
+        if self.columns in (("t",), ("scale",)):
+            return {"t": 0.5} if self.columns == ("t",) else {"scale": 1.0}
+        return dict.fromkeys(self.columns, 1.0 / len(self.columns))
 
     def _foreign(self, data: dict[str, Any]) -> Recipe:
         recipe = Recipe.parse(data)
@@ -224,23 +314,64 @@ def make_space(spec: JobSpec, problem: Problem) -> MergeSpace:
         raise InvalidInput("every module kind is frozen", field="merge.frozen", remedy="leave something to merge")
     operator = problem.operator
     experts = [expert.name for expert in spec.experts]
-    columns = tuple(experts) if operator.columns == "per_expert" else ("t",)
+    columns = tuple(experts) if operator.columns == "per_expert" else (_SINGLE[operator.columns],)
     bounds = spec.merge.bounds
     low, high = (bounds.low, bounds.high) if bounds else (operator.low, operator.high)
     variables = [Variable(f"{column} @ {group.label}", low, high) for group in groups for column in columns]
-    fixed: dict[str, Scalar] = {}
+    varied: list[Varied] = []
+    fixed: dict[str, Scalar | list[float]] = {}
     for name, value in spec.merge.options.items():
-        if isinstance(value, RangeVariable):
-            variables.append(Variable(name, value.low, value.high, "integer" if value.integer else "real"))
-        elif isinstance(value, ChoiceVariable):
-            variables.append(Variable(name, 0.0, float(len(value.choices)), "choice", tuple(value.choices)))
-        elif not isinstance(value, list):
+        if isinstance(value, RangeVariable | ChoiceVariable):
+            found, more = _varied(name, value, groups, experts)
+            varied.append(found)
+            variables += more
+        elif isinstance(value, list) and len(value) != len(experts):
+            raise InvalidInput(
+                f"{len(value)} numbers given for {len(experts)} experts",
+                field=f"merge.options.{name}",
+                remedy="give one number, or one for each expert",
+            )
+        else:
             fixed[name] = value
-    return MergeSpace(tuple(variables), problem, tuple(groups), columns, fixed)
+    modifiers = []
+    for number, modifier in enumerate(spec.merge.modifiers):
+        own: dict[str, Scalar] = {}
+        for name, value in modifier.options.items():
+            if isinstance(value, RangeVariable | ChoiceVariable):
+                varied.append(Varied(name, modifier=number))
+                variables.append(_variable(f"{modifier.operator} ({modifier.on}) {name}", value))
+            else:
+                own[name] = value
+        modifiers.append((modifier, own))
+    return MergeSpace(
+        tuple(variables), problem, tuple(groups), columns, tuple(varied), fixed, modifiers=tuple(modifiers)
+    )
+
+
+def _varied(
+    name: str, value: RangeVariable | ChoiceVariable, groups: Sequence[Selector], experts: Sequence[str]
+) -> tuple[Varied, list[Variable]]:
+    """An operator's variable option and its variables."""
+    where = [group.label for group in groups] if isinstance(value, RangeVariable) and value.per_group else [""]
+    whose = list(experts) if isinstance(value, RangeVariable) and value.per_expert else [""]
+    variables = [
+        _variable(name + (f" of {expert}" if expert else "") + (f" @ {label}" if label else ""), value)
+        for label in where
+        for expert in whose
+    ]
+    return Varied(name, len(where), len(whose)), variables
+
+
+def _variable(name: str, value: RangeVariable | ChoiceVariable) -> Variable:
+    if isinstance(value, ChoiceVariable):
+        return Variable(name, 0.0, float(len(value.choices)), "choice", tuple(value.choices))
+    return Variable(name, value.low, value.high, "integer" if value.integer else "real")
 
 
 def make_groups(granularity: Granularity, layout: Layout, frozen: Sequence[ModuleKind] = ()) -> list[Selector]:
     """Return the coefficient groups: layer groups × module groups, those without any parameter left out."""
+    if granularity.layers == "tensors":
+        return [Selector(tensors=[tensor.name]) for tensor in layout.shared if tensor.kind not in frozen]
     rest: list[ModuleKind] = [kind for kind in MODULE_KINDS if kind not in frozen]
     modules: list[list[ModuleKind]] = []
     for chosen in granularity.modules:

@@ -10,7 +10,7 @@ from optimizer.geometry import Layout
 from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space
-from optimizer.spec import JobSpec, Objective
+from optimizer.spec import JobSpec, Objective, RangeVariable
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import load_rows
@@ -84,6 +84,7 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
 def _operator(spec: JobSpec) -> OperatorInfo:
     info = operator_info(spec.merge.operator, "merge.operator")
     parse_operator_options(spec.merge.operator, spec.merge.options)
+    _check_modifiers(spec)
     count = len(spec.experts)
     if count < info.min_experts or (info.max_experts is not None and count > info.max_experts):
         allowed = f"{info.min_experts} to {info.max_experts}" if info.max_experts else f"at least {info.min_experts}"
@@ -93,6 +94,26 @@ def _operator(spec: JobSpec) -> OperatorInfo:
             remedy="choose another operator, for example task_arithmetic",
         )
     return info
+
+
+def _check_modifiers(spec: JobSpec) -> None:
+    for number, modifier in enumerate(spec.merge.modifiers):
+        field = f"merge.modifiers.{number}"
+        info = operator_info(modifier.operator, f"{field}.operator")
+        if not info.modifier:
+            raise InvalidInput(
+                f"{info.name} is no modifier: it does not work on a single model",
+                field=f"{field}.operator",
+                remedy="GET /api/v1/operators says which ones are",
+            )
+        for name, value in modifier.options.items():
+            if isinstance(value, RangeVariable) and (value.per_group or value.per_expert):
+                raise InvalidInput(
+                    "a modifier has one value of each option",
+                    field=f"{field}.options.{name}",
+                    remedy="leave out `per_group` and `per_expert`",
+                )
+        parse_operator_options(modifier.operator, modifier.options, f"{field}.options")
 
 
 def _check_heads(spec: JobSpec, layout: Layout) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from optimizer.errors import InvalidInput
 from optimizer.geometry import MODULE_KINDS, Layout, ModuleKind, make_layout
 from optimizer.problem import Problem
-from optimizer.recipe import Merge, Recipe, Selector
-from optimizer.space import MergeSpace, SearchSpace, Variable, make_groups, make_space
+from optimizer.recipe import Leaf, Merge, Recipe, Selector
+from optimizer.space import MergeSpace, SearchSpace, Variable, WarmStart, make_groups, make_space
 from optimizer.spec import CandidateInput, Granularity, JobSpec
 from tests.factories import make_problem, make_spec
 
@@ -193,9 +193,13 @@ def test_foreign_recipes() -> None:
     assert caught.value.field.startswith("recipe")
 
 
+def genome_of(start: WarmStart) -> list[float] | None:
+    return None if start.genome is None else start.genome.tolist()
+
+
 def test_warm_starts() -> None:
     spec, space = space_of({"granularity": {"layers": "whole"}})
-    assert {label: genome.tolist() for label, genome in space.warm_starts(spec)} == {
+    assert {start.label: genome_of(start) for start in space.warm_starts(spec)} == {
         "base": [0.0, 0.0],
         "language": [1.0, 0.0],
         "polarity": [0.0, 1.0],
@@ -206,23 +210,102 @@ def test_warm_starts() -> None:
 
 def test_warm_starts_as_asked_and_as_the_operator_allows() -> None:
     spec, space = space_of({"granularity": {"layers": "whole"}}, uses_base=False)
-    assert [label for label, _ in space.warm_starts(spec)] == ["language", "polarity", "uniform"]
+    assert [start.label for start in space.warm_starts(spec)] == ["language", "polarity", "uniform"]
     some = make_spec(warm_starts={"experts": False, "uniform": False})
     _, space = space_of()
-    assert [label for label, _ in space.warm_starts(some)] == ["base"]
+    assert [start.label for start in space.warm_starts(some)] == ["base"]
 
 
 def test_interpolation_has_one_coefficient_between_two_models() -> None:
     spec, space = space_of({"granularity": {"layers": "whole"}}, columns="interpolation", uses_base=False)
     assert [variable.name for variable in space.variables] == ["t @ all"]
-    assert {label: genome.tolist() for label, genome in space.warm_starts(spec)} == {
+    assert {start.label: genome_of(start) for start in space.warm_starts(spec)} == {
         "language": [0.0],
         "polarity": [1.0],
         "uniform": [0.5],
     }
     node = root(space.recipe(np.array([0.25])))
-    assert [leaf.model_dump(exclude_none=True) for leaf in node.inputs] == [{"model": "language"}, {"model": "polarity"}]
+    assert [leaf.model_dump(exclude_none=True) for leaf in node.inputs] == [
+        {"model": "language"},
+        {"model": "polarity"},
+    ]
     assert node.coefficients == [[0.25]]
+
+
+def test_a_scale_is_one_coefficient_and_experts_stand_as_they_are() -> None:
+    spec, space = space_of({"granularity": {"layers": "whole"}}, columns="scale")
+    assert [variable.name for variable in space.variables] == ["scale @ all"]
+    starts = {start.label: start for start in space.warm_starts(spec)}
+    assert {label: genome_of(start) for label, start in starts.items()} == {
+        "base": [0.0],
+        "language": None,
+        "polarity": None,
+        "uniform": [1.0],
+    }
+    assert starts["language"].recipe.root == Leaf(model="language")
+    node = root(space.recipe(np.array([0.7])))
+    assert node.coefficients == [[0.7]] and len(node.inputs) == 2
+
+
+def test_options_that_differ_between_groups_and_experts() -> None:
+    low_high = {"low": 0.1, "high": 0.9}
+    options = {
+        "both": {**low_high, "per_group": True, "per_expert": True},
+        "expert": {**low_high, "per_expert": True},
+        "fixed": [0.2, 0.4],
+        "group": {**low_high, "per_group": True},
+    }
+    _, space = space_of({"granularity": {"layers": "each"}, "options": options})
+    assert [variable.name for variable in space.variables[4:]] == [
+        "both of language @ layer 0",
+        "both of polarity @ layer 0",
+        "both of language @ layer 1",
+        "both of polarity @ layer 1",
+        "expert of language",
+        "expert of polarity",
+        "group @ layer 0",
+        "group @ layer 1",
+    ]
+    genome = np.array([0.5, 0.5, 0.5, 0.5, 0.11, 0.12, 0.21, 0.22, 0.3, 0.4, 0.6, 0.7])
+    node = root(space.recipe(genome))
+    assert node.options == {}
+    assert node.tables == {
+        "both": [[0.11, 0.12], [0.21, 0.22]],
+        "expert": [[0.3, 0.4], [0.3, 0.4]],
+        "fixed": [[0.2, 0.4], [0.2, 0.4]],
+        "group": [[0.6], [0.7]],
+    }
+
+
+def test_a_list_has_a_number_for_each_expert() -> None:
+    with pytest.raises(InvalidInput, match="3 numbers given for 2 experts") as caught:
+        space_of({"options": {"density": [0.1, 0.2, 0.3]}})
+    assert caught.value.field == "merge.options.density"
+
+
+def test_modifiers_stand_around_the_experts_and_the_merge() -> None:
+    modifiers = [
+        {"operator": "prune", "on": "experts", "options": {"density": {"low": 0.1, "high": 0.9}}},
+        {"operator": "lines", "on": "merged", "options": {"beta": 0.5}},
+    ]
+    spec, space = space_of({"granularity": {"layers": "whole"}, "modifiers": modifiers})
+    assert [variable.name for variable in space.variables[2:]] == ["prune (experts) density"]
+    outer = root(space.recipe(np.array([0.3, 0.4, 0.25])))
+    assert (outer.operator, outer.options, outer.coefficients) == ("lines", {"beta": 0.5}, [[1.0]])
+    (inner,) = outer.inputs
+    assert isinstance(inner, Merge)
+    assert (inner.operator, inner.coefficients) == ("task_arithmetic", [[0.3, 0.4]])
+    for child, name in zip(inner.inputs, ("language", "polarity"), strict=True):
+        assert isinstance(child, Merge)
+        assert (child.operator, child.options, child.inputs) == ("prune", {"density": 0.25}, [Leaf(model=name)])
+    assert [start.label for start in space.warm_starts(spec) if start.genome is None] == ["language", "polarity"]
+
+
+def test_one_group_for_every_tensor() -> None:
+    groups = make_groups(Granularity(layers="tensors"), LAYOUT, ["embeddings"])
+    merged = [tensor for tensor in LAYOUT.shared if tensor.kind != "embeddings"]
+    assert [group.label for group in groups] == [tensor.name for tensor in merged]
+    assert [[group.matches(tensor) for tensor in merged].index(True) for group in groups] == list(range(len(merged)))
 
 
 def test_uniform_start_lies_inside_the_bounds() -> None:

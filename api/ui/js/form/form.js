@@ -56,14 +56,18 @@ export function jobForm(schema, registries) {
 /** Fields that are more than their schema says, and how fields depend on each other. */
 function specials(registries, heads, experts) {
   const registry = (name) => (schema, context) => registryWidget(schema, context, registries[name]);
+  const some = (test) => (schema, context) => registryWidget(schema, context, registries.operators.filter(test));
   const options = (variables) => (schema, context) => optionsWidget(schema, context, variables);
+  const differs = (entry, name) => ({ groups: true, experts: entry.varies?.includes(name) ?? false });
   const fields = {
     "algorithm.name": registry("algorithms"),
-    "algorithm.options": options(false),
-    "merge.operator": registry("operators"),
-    "merge.options": options(true),
+    "algorithm.options": options(null),
+    "merge.operator": some((one) => one.max_experts !== 1),
+    "merge.options": options(differs),
+    "merge.modifiers.*.operator": some((one) => one.modifier),
+    "merge.modifiers.*.options": options(() => ({ groups: false, experts: false })),
     "objectives.*.evaluator": registry("evaluators"),
-    "objectives.*.options": options(false),
+    "objectives.*.options": options(null),
     "objectives.*.metric": (schema, context) => choiceWidget(schema, context, []),
     "objectives.*.data.columns": (schema, context) => rolesWidget(schema, context, () => dictWidget(schema, context)),
     "objectives.*.head": (schema, context) => {
@@ -75,6 +79,7 @@ function specials(registries, heads, experts) {
   const wires = {
     algorithm: (widget) => widget.child("name").onEntry?.((entry) => widget.child("options").use(entry)),
     merge: (widget) => widget.child("operator").onEntry?.((entry) => widget.child("options").use(entry)),
+    "merge.modifiers.*": (widget) => widget.child("operator").onEntry?.((entry) => widget.child("options").use(entry)),
     "objectives.*": (widget) => widget.child("evaluator").onEntry?.((entry) => {
       widget.child("options").use(entry);
       widget.child("data").child("columns").use(entry);

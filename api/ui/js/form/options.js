@@ -30,7 +30,8 @@ export function registryWidget(schema, context, entries) {
 }
 
 /**
- * The options of the entry chosen beside it. With `variables`, each may be fixed, a range, or a list of choices.
+ * The options of the entry chosen beside it. With `variables`, each may be fixed, a range, or a list of choices; it is a
+ * function of the entry and an option's name that says what the option may differ between: { groups, experts }.
  * Options that the entry does not declare are kept and shown as JSON.
  */
 export function optionsWidget(schema, context, variables) {
@@ -47,7 +48,7 @@ export function optionsWidget(schema, context, variables) {
       const defs = entry?.options_schema?.$defs ?? {};
       children = new Map(Object.entries(declared(entry)).map(([name, property]) => {
         const inner = { ...context, defs, path: `${context.path}.${name}`, text: label(name), required: false, depth: context.depth + 1 };
-        return [name, variables ? variableWidget(property, inner) : context.make(property, inner)];
+        return [name, variables ? variableWidget(property, inner, variables(entry, name)) : context.make(property, inner)];
       }));
       replace(box, [...children.values()].map((one) => one.node));
       widget.defaults = Object.fromEntries(Object.entries(declared(entry)).map(([name, property]) => [name, resolve(property, defs).schema.default]));
@@ -84,28 +85,31 @@ export function optionsWidget(schema, context, variables) {
   return widget;
 }
 
-const MODES = [["fixed", "fixed"], ["range", "searched in a range"], ["choices", "searched among choices"]];
+const MODES = [["fixed", "fixed"], ["each", "fixed for each expert"], ["range", "searched in a range"], ["choices", "searched among choices"]];
 
-/** An option that the search may vary: its value, or { low, high } or { choices }. */
-function variableWidget(property, context) {
+/** An option that the search may vary: its value, one for each expert, or { low, high } or { choices }. */
+function variableWidget(property, context, differs) {
   const { schema } = resolve(property, context.defs);
   const numeric = schema.type === "number" || schema.type === "integer";
   const fixed = context.make(property, { ...context });
   const mode = h("select", { "aria-label": `${context.text}: fixed or searched`, class: "mode" },
-    MODES.filter(([key]) => numeric || key !== "range").map(([key, text]) => h("option", { value: key }, text)));
+    MODES.filter(([key]) => key === "fixed" || key === "choices" || (numeric && (key === "range" || differs.experts))).map(([key, text]) => h("option", { value: key }, text)));
   const input = (name) => h("input", { type: "number", step: "any", "aria-label": `${context.text}: ${name}`, placeholder: name });
   const [low, high] = [input("lowest"), input("highest")];
   const choices = h("input", { type: "text", "aria-label": `${context.text}: choices`, placeholder: "separated by commas", autocomplete: "off" });
-  const ranged = h("div", { class: "range" }, low, h("span", { class: "muted" }, "to"), high);
+  const own = { per_group: differs.groups && tick("own for each group"), per_expert: differs.experts && tick("own for each expert") };
+  const ranged = h("div", null, h("div", { class: "range" }, low, h("span", { class: "muted" }, "to"), high),
+    Object.values(own).map((one) => one && one.node));
   const searched = frame({ text: context.text, help: helpOf(schema, boundsText(schema)), target: h("div", null, ranged, choices) });
   const show = () => {
     fixed.node.hidden = mode.value !== "fixed";
     searched.node.hidden = mode.value === "fixed";
     ranged.hidden = mode.value !== "range";
-    choices.hidden = mode.value !== "choices";
+    choices.hidden = mode.value !== "choices" && mode.value !== "each";
   };
   mode.addEventListener("change", show);
   const problem = () => {
+    if (mode.value === "each") return list().length && list().every((value) => typeof value === "number") ? null : "Give a number for each expert.";
     if (mode.value === "choices") return list().length < 2 ? "Give at least two choices." : null;
     if (low.value === "" || high.value === "") return "Give both bounds.";
     if (Number(low.value) >= Number(high.value)) return "The lowest must be below the highest.";
@@ -130,21 +134,30 @@ function variableWidget(property, context) {
     focus: () => mode.focus(),
     read: () => {
       if (mode.value === "fixed") return fixed.read();
+      if (mode.value === "each") return list();
       if (mode.value === "choices") return { choices: list() };
       const range = { low: Number(low.value), high: Number(high.value) };
-      return schema.type === "integer" ? { ...range, integer: true } : range;
+      if (schema.type === "integer") range.integer = true;
+      for (const [name, one] of Object.entries(own)) if (one && one.box.checked) range[name] = true;
+      return range;
     },
     write: (value) => {
-      mode.value = value?.choices ? "choices" : value?.low !== undefined ? "range" : "fixed";
+      mode.value = Array.isArray(value) ? "each" : value?.choices ? "choices" : value?.low !== undefined ? "range" : "fixed";
       if (mode.value === "fixed") fixed.write(value);
       low.value = value?.low ?? "";
       high.value = value?.high ?? "";
-      choices.value = value?.choices?.join(", ") ?? "";
+      choices.value = (Array.isArray(value) ? value : value?.choices)?.join(", ") ?? "";
+      for (const [name, one] of Object.entries(own)) if (one) one.box.checked = value?.[name] ?? false;
       show();
     },
   };
   show();
   return widget;
+}
+
+function tick(text) {
+  const box = h("input", { type: "checkbox" });
+  return { box, node: h("label", { class: "tick" }, box, " ", text) };
 }
 
 /** Which data column plays which of the evaluator's roles. */

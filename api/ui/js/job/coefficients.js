@@ -1,7 +1,7 @@
 // Coefficient tables of recipes: which rows and columns they have, and their means.
 
 /** A group's name as the server writes it: "layer 3 · mlp". */
-export function groupLabel({ positions, modules }) {
+export function groupLabel({ positions, modules, tensors }) {
   const parts = [];
   if (positions) {
     const layers = positions.filter((position) => typeof position === "number");
@@ -10,13 +10,22 @@ export function groupLabel({ positions, modules }) {
     parts.push(words.join(" + "));
   }
   if (modules) parts.push(modules.join(" + "));
+  if (tensors) parts.push(tensors.join(" + "));
   return parts.join(" · ") || "all";
+}
+
+/** Names of a table's rows: groups of parameters, or ranges of the flat vector of all. */
+function rowNames(node) {
+  if (node.groups) return node.groups.map(groupLabel);
+  const ends = [...node.breaks, "end"];
+  return ends.map((end, i) => `parameters ${i ? ends[i - 1] : 0} to ${end}`);
 }
 
 const isMerge = (node) => Array.isArray(node?.coefficients);
 
+/** A modified expert goes by the expert's name. */
 function inputName(node) {
-  return node.model ?? node.operator ?? "input";
+  return node.model ?? (node.inputs?.length === 1 ? inputName(node.inputs[0]) : node.operator) ?? "input";
 }
 
 function columnNames(node, job) {
@@ -33,10 +42,13 @@ export function tables(job, recipe) {
     if (!isMerge(node)) return;
     found.push({
       operator: node.operator,
-      rows: node.groups.map(groupLabel),
+      rows: rowNames(node),
       columns: columnNames(node, job),
       values: node.coefficients,
     });
+    for (const [name, values] of Object.entries(node.tables ?? {})) {
+      found.push({ operator: `${node.operator} ${name}`, rows: rowNames(node), columns: values[0].length === 1 ? [name] : node.inputs.map(inputName), values });
+    }
     visit(node.base);
     node.inputs.forEach(visit);
   };
@@ -44,9 +56,15 @@ export function tables(job, recipe) {
   return found;
 }
 
-/** Mean coefficient of each column of the outermost table, by name. */
+/** The table that the search varies: the first with the job's columns (modifiers may stand around it). */
+export function searchedTable(job, recipe) {
+  const found = tables(job, recipe);
+  return found.find((table) => table.columns.length === job.columns.length && table.rows.length === job.groups.length) ?? found[0];
+}
+
+/** Mean coefficient of each column of the searched table, by name. */
 export function coefficientMeans(job, candidate) {
-  const [table] = tables(job, candidate.recipe);
+  const table = searchedTable(job, candidate.recipe);
   if (!table) return {};
   return Object.fromEntries(table.columns.map((name, i) => {
     const sum = table.values.reduce((total, row) => total + row[i], 0);

@@ -4,7 +4,7 @@ import { jobPath, post } from "../core/api.js";
 import { openDialog } from "../core/dialogs.js";
 import { button, h, uid } from "../core/dom.js";
 import { toast } from "../core/notify.js";
-import { tables } from "./coefficients.js";
+import { searchedTable } from "./coefficients.js";
 
 const MODES = [["coefficients", "Coefficients"], ["genome", "Genome"], ["recipe", "Recipe"]];
 
@@ -39,7 +39,7 @@ export function enqueueDialog(model) {
   };
   const prefill = async () => {
     const candidate = await model.candidate(model.selected);
-    const [table] = tables(model.job, candidate.recipe);
+    const table = searchedTable(model.job, candidate.recipe);
     table?.columns.forEach((name, i) => {
       const values = table.values.map((row) => Number(row[i].toFixed(4)));
       const constant = values.every((value) => value === values[0]);
