@@ -24,11 +24,22 @@ UNKNOWN_DIGEST = "0" * 64
 """Stands for a digest that was not computed, where a spec is only checked and nothing is stored."""
 
 
+class JoinedVocabulary(Strict):
+    """By which rule the vocabularies of several models were brought to one (`workers.alignment`)."""
+
+    rule: Literal["base", "union"] = Field(description="`merge.vocabulary` of the job.")
+    order: list[str] = Field(min_length=1, description="Names of the models in the order in which tokens get numbers.")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 over the tokens and this model's rows for them.")
+
+
 class ModelId(Strict):
     """A model a recipe is made from."""
 
     ref: ModelRef = Field(description="Where it was found.")
     digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 over its weights, whatever their storage.")
+    vocabulary: JoinedVocabulary | None = Field(
+        default=None, description="Which tokens the rows of its embeddings stand for, where not for its own in order."
+    )
 
 
 class Selector(Strict):
@@ -169,9 +180,22 @@ class Recipe(Strict):
         return set().union(*(leaves(node) for node in nodes))
 
     @property
+    def identities(self) -> dict[str, str]:
+        """What each model's tensors are known by: its digest, with that of its rows where vocabularies were joined."""
+        return {name: self._identity(model) for name, model in self.models.items()}
+
+    def _identity(self, model: ModelId) -> str:
+        if model.vocabulary is None or model.digest == UNKNOWN_DIGEST:
+            return model.digest
+        # Rows that a model lacks come from the others, so their content counts.
+        others = [self.models[name].digest for name in model.vocabulary.order if name in self.models]
+        text = canonical_json([model.digest, model.vocabulary.digest, others])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
-        digests = {name: model.digest for name, model in self.models.items()}
+        digests = self.identities
         data = canonical(self.root, digests)
         if self.layers is not None or self.calibration is not None:
             planned = [

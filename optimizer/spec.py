@@ -226,6 +226,13 @@ class MergeSpec(Strict):
         description="Module kinds that are not merged but kept as the base has them.",
         examples=[["embeddings"]],
     )
+    vocabulary: Literal["refuse", "base", "union"] = Field(
+        default="refuse",
+        description=(
+            "Where a token has different numbers in different models, or only some have it: `refuse` the job; merge the "
+            "rows of the `base`'s tokens and drop the others; or the `union` of all tokens, the base's first."
+        ),
+    )
     heads: list[str] = Field(
         default=["classifier.*", "score.*", "qa_outputs.*"],
         max_length=64,

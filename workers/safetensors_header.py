@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,8 +44,16 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """The format's names of types."""
 
-MERGEABLE = frozenset({"F64", "F32", "F16", "BF16"})
-"""Types that arithmetic makes sense on."""
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+"""Types that torch converts but does not compute with."""
+
+MERGEABLE = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""Types that arithmetic makes sense on; numbers of 8 bits only where no scales stand beside them."""
+
+MAX_DIMENSIONS = 64  # more than torch's kernels take
+MAX_ELEMENTS = 2**63 - 1  # what torch counts with; also where one dimension is 0
+
+_HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which JSON can write but UTF-8 cannot
 
 BROKEN = "copy or download the file again, or save the model anew with save_pretrained"
 
@@ -72,19 +82,13 @@ def size_in_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def read_header(path: Path, field: str | None = None) -> dict[str, TensorEntry]:
     """Read and check the header of a safetensors file.
 
+    Stricter than the format where nobody writes what it allows: an entry has nothing but its three fields.
+
     Raises:
         InvalidCheckpoint: truncated or malformed file, unknown type, offsets out of range, overlaps or holes.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-            raw = file.read(length) if length is not None and length <= min(MAX_HEADER, size) else b""
-    except OSError as error:
-        raise InvalidCheckpoint(f"{path.name} cannot be read: {error.strerror}", field=field) from error
-    if length is None or len(raw) != length:
-        raise _broken(path, "it is truncated, or no safetensors file", field)
+    raw, size = _read(path, field)
+    length = len(raw)
     entries = {
         name: _entry(path, name, value, field)
         for name, value in _json(path, raw, field).items()
@@ -107,36 +111,77 @@ def layout_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: M
     return struct.pack("<Q", len(raw)) + raw
 
 
+def _read(path: Path, field: str | None) -> tuple[bytes, int]:
+    """Return a file's header and the file's size in bytes."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            raise _broken(path, "it is no regular file", field)
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+            if length is not None and MAX_HEADER < length <= found.st_size:
+                raise _broken(path, f"its header has {length} bytes, and {MAX_HEADER} are allowed", field)
+            raw = file.read(length) if length is not None and length <= found.st_size else b""
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path.name} cannot be read: {error.strerror}", field=field) from error
+    if length is None or len(raw) != length:
+        raise _broken(path, "it is truncated, or no safetensors file", field)
+    return raw, found.st_size
+
+
 def _json(path: Path, raw: bytes, field: str | None) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=_no_doubles)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_doubles, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is no valid JSON: {error}", field) from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is no JSON object", field)
+    metadata = header.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(map(_is_text, metadata.values()))):
+        raise _broken(path, "its __metadata__ is no table of texts", field)
     return header
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name stands twice")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not _HALF.search(value)
+
+
+def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object's dictionary; raises ``ValueError`` where a name stands twice or is no valid Unicode."""
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"the name {name[:200]!r} stands twice")
+        if not _is_text(name):
+            raise ValueError("a name is no valid Unicode")
+        out[name] = value
     return out
+
+
+def _whole(text: str) -> int:
+    if text.startswith("-") or len(text) > len(str(MAX_ELEMENTS)):  # -0 as well, which others take for a fraction
+        raise ValueError(f"the number {text[:40]} is out of range")
+    return int(text)
 
 
 def _entry(path: Path, name: str, value: Any, field: str | None) -> TensorEntry:
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end], **rest} if not rest:
             pass
         case _:
             raise _broken(path, f"the entry of tensor {name!r} is malformed", field)
     if dtype not in DTYPES:
         raise _broken(path, f"tensor {name!r} has the unknown type {dtype!r}", field)
-    if not all(type(number) is int and number >= 0 for number in shape):
-        raise _broken(path, f"tensor {name!r} has the impossible shape {shape}", field)
-    if not 0 <= begin <= end or end - begin != size_in_bytes(dtype, tuple(shape)):
+    if not all(type(number) is int for number in shape) or not _possible(shape):
+        raise _broken(path, f"tensor {name!r} has the impossible shape {str(shape)[:200]}", field)
+    if type(begin) is not int or type(end) is not int or end - begin != size_in_bytes(dtype, tuple(shape)):
         raise _broken(path, f"the offsets of tensor {name!r} do not fit its shape and type", field)
     return TensorEntry(dtype, tuple(shape), begin, end)
+
+
+def _possible(shape: list[int]) -> bool:
+    return len(shape) <= MAX_DIMENSIONS and math.prod(number for number in shape if number) <= MAX_ELEMENTS
 
 
 def _check_coverage(path: Path, entries: dict[str, TensorEntry], data: int, field: str | None) -> None:

@@ -51,10 +51,15 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     page = open_form(tab, service)
     fill_form(page)
     merge = section(page, "Merge")
-    merge.get_by_label("Operator").select_option("ties")
+    merge.get_by_label("Operator").first.select_option("ties")
     merge.get_by_label("Density: fixed or searched").select_option("range")
     merge.get_by_label("Density: lowest").fill("0.2")
     merge.get_by_label("Density: highest").fill("0.9")
+    merge.get_by_label("own for each group").first.check()
+    merge.get_by_role("button", name="Add modifier").click()
+    modifier = item(page, "Modifier 1")
+    modifier.get_by_label("Operator").select_option("task_arithmetic")
+    modifier.get_by_label("On *").select_option("merged")
     merge.get_by_label("Bounds").check()
     merge.get_by_role("spinbutton", name="Low *").fill("-0.5")
     merge.get_by_role("spinbutton", name="High *").fill("1.5")
@@ -69,7 +74,10 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     (job,) = service.store.list_jobs().items
     spec = service.store.get_job(job.id).spec
     assert spec["merge"]["operator"] == "ties"
-    assert spec["merge"]["options"] == {"density": {"low": 0.2, "high": 0.9, "integer": False}}
+    assert spec["merge"]["options"] == {
+        "density": {"low": 0.2, "high": 0.9, "integer": False, "per_group": True, "per_expert": False}
+    }
+    assert spec["merge"]["modifiers"] == [{"operator": "task_arithmetic", "on": "merged", "options": {}}]
     assert spec["merge"]["bounds"] == {"low": -0.5, "high": 1.5}
     assert spec["merge"]["frozen"] == ["embeddings"]
     assert spec["algorithm"] == {"name": "cma_es", "options": {"sigma0": 0.2}}

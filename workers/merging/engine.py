@@ -241,7 +241,7 @@ class MergeEngine:
         ]
 
     def _digest(self, recipe: Recipe, name: str) -> str:
-        known = recipe.models[name].digest
+        known = recipe.identities[name]
         return known if known != UNKNOWN_DIGEST else f"{UNKNOWN_DIGEST}:{name}"
 
     def _fits(self, device: torch.device) -> bool:
