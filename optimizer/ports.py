@@ -148,6 +148,9 @@ class RunStore(Protocol):
     def load(self, lease: Lease) -> JobLog:
         """Return the job's log."""
 
+    def items(self, lease: Lease, first: int, count: int) -> Mapping[int, Mapping[str, ItemScores]]:
+        """Return the per-item scores, by objective, of the evaluated candidates from ``first`` on, ``count`` at most."""
+
     def start(self, lease: Lease, problem: Problem) -> None:
         """Record the job's inputs as found (the first time) and that it is running."""
 

@@ -8,21 +8,24 @@ replayed goes on exactly as one that was never interrupted, with any number of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optimizer.algorithms import Algorithm, AlgorithmContext, Outcome, Proposal
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import JobError
-from optimizer.fitness.aggregate import to_losses
+from optimizer.fitness.aggregate import ItemScores, to_gains, to_losses
 from optimizer.pareto import update_front
 from optimizer.ports import Candidate, Evaluation
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
 from optimizer.space import Genome, MergeSpace, make_space
 from optimizer.spec import CandidateInput, JobSpec
+
+ItemsOf = Callable[[int], Mapping[str, ItemScores]]
 
 EXHAUSTED_AFTER = 200
 """Proposals in a row that repeat earlier recipes before a search space counts as exhausted."""
@@ -51,6 +54,7 @@ class Search:
     Args:
         spec: the job.
         problem: its inputs as found.
+        items: returns the recorded per-item scores of a candidate; needed for algorithms that learn from them.
 
     Attributes:
         candidates: all recorded candidates, by index.
@@ -58,7 +62,8 @@ class Search:
         told: how many outcomes, from index 0 on, the algorithm has been told.
     """
 
-    def __init__(self, spec: JobSpec, problem: Problem) -> None:
+    def __init__(self, spec: JobSpec, problem: Problem, items: ItemsOf | None = None) -> None:
+        self._items = items
         self.spec = spec
         self.problem = problem
         self.space: MergeSpace = make_space(spec, problem)
@@ -273,4 +278,12 @@ class Search:
             losses=None if values is None else to_losses(self.problem.objectives, values),
             violation=evaluation.violation,
             own=candidate.origin == "algorithm",
+            gains=self._gains(evaluation),
         )
+
+    def _gains(self, evaluation: Evaluation) -> tuple[NDArray[np.float32], ...]:
+        if not self.algorithm.needs_items or evaluation.values is None:
+            return ()
+        if self._items is None:
+            raise JobError(f"the algorithm {self.algorithm.name} needs per-item scores, which nobody keeps here")
+        return to_gains(self.problem.objectives, self._items(evaluation.index))

@@ -15,9 +15,10 @@ from sqlalchemy.orm import Session
 from api.store import events, lifecycle, outcomes, replay
 from api.store.columns import utc_now
 from api.store.engine import Database, expiry
-from api.store.models import CandidateRow, EnqueuedRow, JobRow, RecipeRow
+from api.store.models import CandidateRow, EnqueuedRow, ItemScoresRow, JobRow, RecipeRow
 from api.views import ObjectiveView
 from optimizer.errors import Conflict, LeaseLost
+from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Candidate, Enqueued, Evaluation, Failure, JobLog, JobState, Lease, Request
 from optimizer.problem import Problem
 from optimizer.space import make_space
@@ -67,6 +68,21 @@ class Runs(Database):
         with self.read() as session:
             job = _check_lease(session.get(JobRow, lease.job_id), lease)
             return replay.read_log(session, job, partial(self._recipe, job.id))
+
+    def items(self, lease: Lease, first: int, count: int) -> dict[int, dict[str, ItemScores]]:
+        """Return the per-item scores of evaluated candidates, by index and objective. Raises `LeaseLost`."""
+        with self.read() as session:
+            job = _check_lease(session.get(JobRow, lease.job_id), lease)
+            names = [objective["name"] for objective in job.objectives]
+            rows = session.scalars(
+                select(ItemScoresRow).where(
+                    ItemScoresRow.job_id == job.id, ItemScoresRow.index >= first, ItemScoresRow.index < first + count
+                )
+            )
+            found: dict[int, dict[str, ItemScores]] = {}
+            for row in rows:
+                found.setdefault(row.index, {})[names[row.objective]] = ItemScores(row.values, row.weights)
+            return found
 
     def start(self, lease: Lease, problem: Problem) -> None:
         """Record the job's inputs as found (the first time) and that it is running.

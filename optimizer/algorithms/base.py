@@ -47,6 +47,9 @@ class Outcome:
             None when the evaluation failed.
         violation: how far its constraints are violated in sum; 0 when they hold.
         own: whether the algorithm proposed it; warm starts and the user's candidates are foreign.
+        gains: for algorithms that ask for them (`Algorithm.needs_items`), the scores item by item: for each objective
+            an array of shape (items,) in which more is better (what is to be minimised stands negated). Empty when the
+            evaluation failed.
     """
 
     index: int
@@ -54,6 +57,7 @@ class Outcome:
     losses: NDArray[np.float64] | None
     violation: float = 0.0
     own: bool = True
+    gains: tuple[NDArray[np.float32], ...] = ()
 
     @property
     def feasible(self) -> bool:
@@ -108,6 +112,7 @@ class Algorithm(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str]
     multi_objective: ClassVar[bool] = False
+    needs_items: ClassVar[bool] = False
 
     class Options(Strict):
         """Options of the algorithm; subclasses declare fields with bounds and descriptions."""

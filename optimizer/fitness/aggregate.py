@@ -59,6 +59,16 @@ def to_losses(objectives: Sequence[ResolvedObjective], values: Sequence[float]) 
     return np.array([value * sign for value, sign in zip(values, signs, strict=True)])
 
 
+def to_gains(
+    objectives: Sequence[ResolvedObjective], scores: Mapping[str, ItemScores]
+) -> tuple[NDArray[np.float32], ...]:
+    """Return each objective's per-item scores, shape (items,), such that more is better: minimised ones negated."""
+    return tuple(
+        scores[objective.name].values if objective.direction == "maximise" else -scores[objective.name].values
+        for objective in objectives
+    )
+
+
 def violation(objectives: Sequence[ResolvedObjective], values: Sequence[float]) -> float:
     """Return by how much the constraints are violated in sum; 0 when all hold."""
     total = 0.0

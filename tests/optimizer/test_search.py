@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimizer.algorithms import Outcome
 from optimizer.errors import InvalidInput, JobError
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Candidate, Evaluation, Failure
@@ -246,3 +247,44 @@ def test_a_log_that_this_search_cannot_have_written_is_refused() -> None:
     search = Search(log.spec, log.problem)
     with pytest.raises(JobError, match="lacks the outcome"):
         search.replay(log.candidates, {})
+
+
+def test_an_algorithm_that_learns_from_items_gets_them_also_of_duplicates_and_after_a_replay() -> None:
+    spec = spec_of("random", warm_starts={"base": False, "experts": False, "uniform": False})
+    scores = {
+        "language": ItemScores(np.array([1, 0], dtype=np.float32)),
+        "polarity": ItemScores(np.array([0.5], dtype=np.float32)),
+    }
+    asked: list[int] = []
+
+    def items(index: int) -> dict[str, ItemScores]:
+        asked.append(index)
+        return scores
+
+    def search() -> tuple[Search, list[Outcome]]:
+        made = Search(spec, make_problem(spec), items)
+        told: list[Outcome] = []
+        made.algorithm.needs_items = True  # type: ignore[misc]  # this instance's only
+        made.algorithm.tell = told.append  # type: ignore[assignment,method-assign]
+        return made, told
+
+    first, told = search()
+    genome = [0.5] * first.space.dim
+    for index in range(3):
+        new = first.enqueued(CandidateInput(genome=genome if index < 2 else [0.1] * first.space.dim))
+        first.add([new])
+        if new.duplicate_of is None:
+            values = (0.5, 0.5) if index == 0 else None
+            first.record(Evaluation(index, values, failure=None if values else Failure("infeasible", "no")))
+    first.next()
+    assert [tuple(gain.tolist() for gain in outcome.gains) for outcome in told] == [
+        ([1.0, 0.0], [-0.5]),
+        ([1.0, 0.0], [-0.5]),
+        (),
+    ]
+    second, told_again = search()
+    second.replay(first.candidates[:3], first.evaluations)
+    second.next()
+    assert [outcome.index for outcome in told_again] == [0, 1, 2]
+    np.testing.assert_equal([o.gains for o in told_again], [o.gains for o in told])
+    assert asked == [0, 0, 0, 0]

@@ -237,6 +237,7 @@ class TestLeases:
         [
             lambda store, lease: store.renew(lease, TTL, 9.0),
             lambda store, lease: store.load(lease),
+            lambda store, lease: store.items(lease, 0, 9),
             lambda store, lease: store.start(lease, PROBLEM),
             lambda store, lease: store.enqueued(lease),
             lambda store, lease: store.add_candidates(lease, [candidate(1)], [1]),
@@ -559,6 +560,12 @@ class TestCandidates:
         written = propose(store, lease, 2)[1]
         scores = {"language": items([0.25, 0.75]), "polarity": items([1.5], weights=[3.0])}
         store.add_evaluation(lease, scored(1, [0.5, 1.5], items=scores, worker="w1", seconds={"merge": 0.5}))
+        assert store.items(lease, 2, 5) == store.items(lease, 0, 1) == {}
+        (found,) = store.items(lease, 0, 2).values()
+        np.testing.assert_equal(
+            {name: (part.values, part.weights) for name, part in found.items()},
+            {name: (part.values, part.weights) for name, part in scores.items()},
+        )
         view = store.get_candidate(lease.job_id, 1)
         assert view.genome is not None
         assert written.genome is not None
