@@ -15,6 +15,7 @@ from api.views import (
     CandidateSummary,
     CandidateView,
     EventView,
+    ExportOptions,
     ExportView,
     FrontView,
     JobSummary,
@@ -194,9 +195,19 @@ def events_path(job_id: str | None) -> str:
     return "/events" if job_id is None else _job(job_id, "/events")
 
 
-def export(job_id: str, candidate: int, *, head: str | None = None) -> Call[ExportView]:
-    """Write an evaluated candidate as a checkpoint, with an expert's head."""
-    return Call("POST", _job(job_id, "/exports"), ExportView, body={"candidate": candidate, "head": head})
+def export(
+    job_id: str,
+    candidate: int,
+    *,
+    head: str | None = None,
+    tokenizer_from: str | None = None,
+    as_adapter: int | None = None,
+    overwrite: bool = False,
+) -> Call[ExportView]:
+    """Write an evaluated candidate as a checkpoint or adapter, with an expert's head and a model's tokenizer."""
+    options = ExportOptions(tokenizer_from=tokenizer_from, as_adapter=as_adapter, overwrite=overwrite)
+    body = {"candidate": candidate, "head": head, **options.model_dump(exclude_defaults=True)}
+    return Call("POST", _job(job_id, "/exports"), ExportView, body=body)
 
 
 def list_exports(job_id: str) -> Call[list[ExportView]]:

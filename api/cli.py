@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from api.commands import jobs, service
+from api.commands import files, jobs, service
 from api.commands.common import ErrorGroup
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
 token = typer.Typer(help="Access tokens of the service on this machine.", no_args_is_help=True)
 db = typer.Typer(help="The run store's database.", no_args_is_help=True)
 
-_SERVICE, _JOBS = "The service", "Jobs"
+_SERVICE, _JOBS, _FILES = "The service", "Jobs", "Recipes and files"
 
 app.command(rich_help_panel=_SERVICE)(service.serve)
 app.command(rich_help_panel=_SERVICE)(service.api)
@@ -40,6 +40,9 @@ app.command(rich_help_panel=_JOBS)(jobs.cancel)
 app.command(rich_help_panel=_JOBS)(jobs.delete)
 app.command(rich_help_panel=_JOBS)(jobs.clone)
 app.command(rich_help_panel=_JOBS)(jobs.export)
+
+app.command(rich_help_panel=_FILES)(files.merge)
+app.command("import", rich_help_panel=_FILES)(files.import_file)
 
 token.command("create")(service.create_token)
 token.command("list")(service.list_tokens)

@@ -62,8 +62,12 @@ class Exporter:
 
     def target(self, task: ExportTask) -> Path:
         """Return the directory that an export is written to."""
-        head = f"-{task.head}" if task.head else ""
-        return self._settings.exports_dir / task.job_id / f"candidate-{task.candidate}{head}"
+        parts = [f"candidate-{task.candidate}", *([task.head] if task.head else [])]
+        if task.options.tokenizer_from is not None:
+            parts.append(f"tokenizer-{task.options.tokenizer_from}")
+        if task.options.as_adapter is not None:
+            parts.append(f"rank-{task.options.as_adapter}")
+        return self._settings.exports_dir / task.job_id / "-".join(parts)
 
     def _outcome(self, task: ExportTask) -> tuple[Path | None, dict[str, str] | None]:
         """Write the checkpoint; return where it is, or the error."""
@@ -90,32 +94,42 @@ class Exporter:
 
     def _write(self, task: ExportTask, progress: Callable[[float], None]) -> Path:
         # torch is imported only where there is something to export: an API process stays small.
+        from workers.alignment import align, vocabulary_of
         from workers.checkpoints import open_checkpoints
         from workers.compatibility import inspect
-        from workers.export import export_checkpoint
+        from workers.merging.cache import Cache
+        from workers.merging.calibration import load_measurements
+        from workers.rebuild import Opened, write_model
         from workers.roots import Roots
 
         recipe = Recipe.parse(task.recipe)
-        checkpoints = open_checkpoints(task.spec, Roots(self._settings.roots))
+        roots = Roots(self._settings.roots)
+        checkpoints = align(open_checkpoints(task.spec, roots), task.spec.merge.vocabulary)
         for name, model in recipe.models.items():
             if checkpoints[name].digest != model.digest:
                 raise InputsChanged(f"the checkpoint {name!r} changed since the job ran", remedy="restore it")
+            if vocabulary_of(checkpoints[name]) != model.vocabulary:
+                raise InputsChanged(f"the tokenizer of {name!r} changed since the job ran", remedy="restore it")
         out = self.target(task)
-        if _is_export_of(out, recipe):
+        if not task.options.overwrite and _is_export_of(out, recipe):
             return out  # finished by a worker that died before it could say so
         base, *experts = checkpoints.values()
         layout, _ = inspect(base, experts, task.spec.merge.heads)
-        return export_checkpoint(
-            recipe,
-            checkpoints,
-            layout,
+        cache = Cache(self._settings.cache_dir, disk_bytes=self._settings.cache_bytes)
+        measurements = load_measurements(recipe, checkpoints, layout, roots, cache=cache)
+        write_model(
+            Opened(recipe, checkpoints, layout, measurements, cache),
             out,
-            head=task.head,
             title=f"{task.spec.name}: candidate {task.candidate}",
+            head=task.head,
+            tokenizer_from=task.options.tokenizer_from,
+            adapter_rank=task.options.as_adapter,
+            overwrite=task.options.overwrite,
             scores=task.scores,
             spec=task.spec,
             progress=progress,
         )
+        return out
 
 
 def _is_export_of(path: Path, recipe: Recipe) -> bool:

@@ -47,11 +47,13 @@ def inspect(settings: Settings, spec: JobSpec) -> Problem:
 
 def make_pools(settings: Settings) -> PoolFactory:
     """Return where candidates are evaluated, as the settings say."""
+    from workers.merging.cache import Cache
     from workers.pool import LocalPoolFactory, RayPoolFactory
 
+    cache = Cache(settings.cache_dir, disk_bytes=settings.cache_bytes)
     if settings.pool == "local":
-        return LocalPoolFactory(settings.roots)
-    return RayPoolFactory(settings.roots, settings.ray_address)
+        return LocalPoolFactory(settings.roots, cache)
+    return RayPoolFactory(settings.roots, settings.ray_address, cache=cache)
 
 
 def serve(settings: Settings) -> None:

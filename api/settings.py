@@ -29,6 +29,10 @@ def _exports(values: dict[str, Any]) -> Path:
     return Path(values.get("home", DEFAULT_HOME)) / "exports"
 
 
+def _cache(values: dict[str, Any]) -> Path:
+    return Path(values.get("home", DEFAULT_HOME)) / "cache"
+
+
 class Settings(BaseSettings):
     """What a process of the service needs to know; immutable once made.
 
@@ -51,6 +55,16 @@ class Settings(BaseSettings):
         ),
     )
     exports_dir: Path = Field(default_factory=_exports, description="Where exported checkpoints are written.")
+    cache_dir: Path = Field(
+        default_factory=_cache,
+        description=(
+            "Where the workers of a machine keep what operators prepare, such as trim masks or SVDs; may be removed "
+            "at any time. On a Ray cluster the same path on every node; local disks are best."
+        ),
+    )
+    cache_gb: float = Field(
+        default=100.0, gt=0, le=1e6, description="Largest size of `cache_dir` in GiB; the oldest answers go first."
+    )
     host: str = Field(
         default="127.0.0.1", description="Address to listen on; any other than a loopback address needs a token."
     )
@@ -79,6 +93,11 @@ class Settings(BaseSettings):
     token: SecretStr | None = Field(default=None, description="Access token that commands and the client send.")
 
     @property
+    def cache_bytes(self) -> int:
+        """Largest size of ``cache_dir``."""
+        return int(self.cache_gb * 2**30)
+
+    @property
     def always_require_token(self) -> bool:
         """Whether even requests from this machine need a token."""
         return self.require_token == "always"  # noqa: S105 - no secret
@@ -93,7 +112,7 @@ class Settings(BaseSettings):
     def _split_names(cls, value: Any) -> Any:
         return _split(value, ",")
 
-    @field_validator("home", "exports_dir")
+    @field_validator("home", "exports_dir", "cache_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()

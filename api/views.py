@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.ports import JobState, Origin, Request
 from optimizer.problem import Finding
-from optimizer.spec import Direction
+from optimizer.spec import Direction, Strict
 
 T = TypeVar("T")
 
@@ -167,6 +167,23 @@ class EventView(View):
 ExportState = Literal["queued", "running", "completed", "failed"]
 
 
+class ExportOptions(Strict):
+    """How an export is written."""
+
+    tokenizer_from: str | None = Field(
+        default=None,
+        max_length=64,
+        description=(
+            "Model (`base` or an expert) whose tokenizer, chat template and generation config it gets; that of the head's "
+            "expert by default, else the base."
+        ),
+    )
+    as_adapter: int | None = Field(
+        default=None, ge=1, le=65536, description="Write a LoRA adapter of this rank to the base, not a whole model."
+    )
+    overwrite: bool = Field(default=False, description="Replace an earlier export of the same candidate.")
+
+
 class ExportView(View):
     """An export of a candidate to a checkpoint directory."""
 
@@ -174,6 +191,7 @@ class ExportView(View):
     job_id: str
     candidate: int
     head: str | None = Field(default=None, description="The expert whose head was written.")
+    options: ExportOptions = Field(default=ExportOptions(), description="How it is written.")
     state: ExportState
     progress: float = Field(ge=0, le=1)
     path: str | None = Field(default=None, description="Where it is, once completed.")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from optimizer.geometry import Layout
-from optimizer.recipe import ModelId
+from optimizer.recipe import CalibrationId, ModelId
 from optimizer.spec import Direction, Strict
 
 Columns = Literal["per_expert", "interpolation", "scale"]
@@ -33,6 +33,9 @@ class OperatorInfo(Strict):
             "What it is computed from beside the weights: `factors` of LoRA adapters, calibration `items`, or "
             "`gradients` on them."
         ),
+    )
+    measures: Literal["experts", "base"] = Field(
+        default="experts", description="Which models it measures on calibration data, where it needs any."
     )
     elementwise: bool = Field(
         default=False,
@@ -97,4 +100,7 @@ class Problem(Strict):
     layout: Layout
     operator: OperatorInfo
     objectives: list[ResolvedObjective]
+    calibration: dict[str, CalibrationId] = Field(
+        default_factory=dict, description="By model, the data that operators measure it on."
+    )
     findings: list[Finding] = Field(default_factory=list)

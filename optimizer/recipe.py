@@ -29,7 +29,9 @@ class JoinedVocabulary(Strict):
 
     rule: Literal["base", "union"] = Field(description="`merge.vocabulary` of the job.")
     order: list[str] = Field(min_length=1, description="Names of the models in the order in which tokens get numbers.")
-    digest: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 over the tokens and this model's rows for them.")
+    digest: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="SHA-256 over the tokens and this model's rows for them."
+    )
 
 
 class ModelId(Strict):
@@ -79,7 +81,9 @@ class Leaf(Strict):
 
     model: str = Field(description="Name of one of the recipe's models.")
     layer: int | None = Field(
-        default=None, ge=0, description="Within a layer plan: the model's layer to take, if not the planned one."
+        default=None,
+        ge=0,
+        description="The model's layer to take in place of the one that is being made; nothing outside the layers.",
     )
 
 
@@ -127,11 +131,22 @@ class Merge(Strict):
 
 
 class PlannedLayer(Strict):
-    """What stands at one depth of a model whose layers are rearranged."""
+    """What stands at one depth of a model whose layers are rearranged.
+
+    The node is applied to layer ``layer`` of the models, wherever the result stands: its groups and breaks, and
+    operators that look at the depth, mean the position in the models. What the config says of single layers (kinds of
+    attention) moves along.
+    """
 
     layer: int = Field(ge=0, description="Layer of the recipe's models that it is made from.")
     node: Leaf | Merge | None = Field(default=None, description="What it is made of; the recipe's root by default.")
-    scale: float = Field(default=1.0, description="Factor of what the layer adds to the residual stream.")
+    scale: float = Field(
+        default=1.0,
+        description=(
+            "Factor of what each sub-layer (attention, MLP) adds to the residual stream; 0 makes it the identity, "
+            "except in models that normalise after the addition."
+        ),
+    )
 
 
 class CalibrationId(Strict):
@@ -149,6 +164,13 @@ class Recipe(Strict):
     root: Leaf | Merge
     layers: list[PlannedLayer] | None = Field(
         default=None, min_length=1, description="The layers from first to last; those of the base by default."
+    )
+    heads: list[str] | None = Field(
+        default=None,
+        description=(
+            "Patterns of parameters that are not merged but stay each model's own, where not those that are usual "
+            "(`merge.heads`); the same for all recipes of a job, and no part of the fingerprint."
+        ),
     )
     calibration: dict[str, CalibrationId] | None = Field(
         default=None, description="By model, the data that operators such as Fisher merging measured it on."
@@ -194,7 +216,11 @@ class Recipe(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, as 64 hexadecimal digits."""
+        """SHA-256 of the canonical JSON, as 64 hexadecimal digits.
+
+        Recipes that differ may give the same weights: a plan that leaves all layers as they are has another fingerprint
+        than none.
+        """
         digests = self.identities
         data = canonical(self.root, digests)
         if self.layers is not None or self.calibration is not None:
@@ -207,7 +233,13 @@ class Recipe(Strict):
 
     def _calibration(self, digests: dict[str, str]) -> dict[str, Any]:
         return {
-            digests[name]: [found.digest, found.spec.evaluator, found.spec.options, found.spec.head]
+            digests[name]: [
+                found.digest,
+                found.spec.data.columns,
+                found.spec.evaluator,
+                found.spec.options,
+                digests.get(found.spec.head or name),
+            ]
             for name, found in (self.calibration or {}).items()
         }
 

@@ -163,7 +163,8 @@ class MergeSpace(SearchSpace):
             coefficients=coefficients,
             tables=tables or None,
         )
-        return Recipe(models=self.problem.models, root=self._modified(node, "merged", read))
+        root = self._modified(node, "merged", read)
+        return Recipe(models=self.problem.models, root=root, calibration=self.problem.calibration or None)
 
     def _options(self, read: Mapping[Varied, list[Scalar]]) -> tuple[dict[str, Scalar], dict[str, list[list[float]]]]:
         """The operator's options: those that are the same everywhere, and the tables of the others."""
@@ -181,12 +182,12 @@ class MergeSpace(SearchSpace):
                 tables[varied.name] = table if varied.rows == rows else table * rows
         return dict(sorted(options.items())), dict(sorted(tables.items()))
 
-    def _modified(self, node: Leaf | Merge, on: str, read: Mapping[Varied, list[Scalar]]) -> Leaf | Merge:
+    def _modified(self, node: Leaf | Merge, target: str, read: Mapping[Varied, list[Scalar]]) -> Leaf | Merge:
         """``node`` behind the modifiers of the experts, or of the merged model. The base itself is never modified."""
         if node == Leaf(model="base"):
             return node
         for number, (modifier, fixed) in enumerate(self.modifiers):
-            if modifier.on == on:
+            if modifier.target == target:
                 values = {varied.name: values[0] for varied, values in read.items() if varied.modifier == number}
                 node = Merge(
                     operator=modifier.operator,
@@ -282,14 +283,17 @@ class MergeSpace(SearchSpace):
 
     def _foreign(self, data: dict[str, Any]) -> Recipe:
         recipe = Recipe.parse(data)
-        known = {name: model.digest for name, model in self.problem.models.items()}
         for name, model in recipe.models.items():
-            if known.get(name) not in (model.digest, UNKNOWN_DIGEST):
+            known = self.problem.models.get(name)
+            same = known is not None and known.vocabulary == model.vocabulary
+            if known is None or not same or known.digest not in (model.digest, UNKNOWN_DIGEST):
                 raise InvalidInput(
                     f"model {name!r} is not the job's",
                     field=f"recipe.models.{name}",
                     remedy="use the job's own models",
                 )
+        if recipe.calibration is None and self.problem.calibration:
+            recipe = recipe.model_copy(update={"calibration": self.problem.calibration})
         return recipe
 
     def _check_bounds(self, genome: Genome) -> None:
@@ -339,7 +343,7 @@ def make_space(spec: JobSpec, problem: Problem) -> MergeSpace:
         for name, value in modifier.options.items():
             if isinstance(value, RangeVariable | ChoiceVariable):
                 varied.append(Varied(name, modifier=number))
-                variables.append(_variable(f"{modifier.operator} ({modifier.on}) {name}", value))
+                variables.append(_variable(f"{modifier.operator} ({modifier.target}) {name}", value))
             else:
                 own[name] = value
         modifiers.append((modifier, own))

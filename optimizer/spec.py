@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from optimizer.errors import from_validation
 from optimizer.geometry import ModuleKind
 
+USUAL_HEADS = ["classifier.*", "score.*", "qa_outputs.*"]
+"""Patterns of the parameters that transformers' models for one task add to a shared model."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Direction = Literal["maximise", "minimise"]
 Scalar = bool | int | float | str
@@ -177,7 +180,7 @@ class Calibration(Strict):
         examples=["text_classification"],
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
-    data: DataSpec = Field(description="The items; 256 are usual.")
+    data: DataSpec = Field(description="The items; the first 256, which are usual, where there is no `limit`.")
     head: str | None = Field(
         default=None, description="Name of the expert whose head is used; the model's own by default."
     )
@@ -187,7 +190,7 @@ class Modifier(Strict):
     """A change to each expert before, or to the result after, the merge."""
 
     operator: str = Field(description="An operator that says it is a `modifier`.", examples=["prune", "lines"])
-    on: Literal["experts", "merged"] = Field(description="What it changes.")
+    target: Literal["experts", "merged"] = Field(description="What it changes.")
     options: dict[str, Scalar | RangeVariable | ChoiceVariable] = Field(
         default_factory=dict, max_length=32, description="Its options; {low, high} or {choices} makes one a variable."
     )
@@ -234,7 +237,7 @@ class MergeSpec(Strict):
         ),
     )
     heads: list[str] = Field(
-        default=["classifier.*", "score.*", "qa_outputs.*"],
+        default=USUAL_HEADS,
         max_length=64,
         description=(
             "Patterns (`*` matches anything) of parameters that experts do not share: they stay the expert's own, and an "

@@ -14,7 +14,7 @@ from api.cli import app as cli
 from api.settings import Settings, settings_table
 from api.store.sql import SqlStore
 from optimizer.algorithms import ALGORITHMS
-from optimizer.problem import Problem
+from optimizer.problem import OperatorInfo, Problem
 from optimizer.spec import JobSpec
 from workers.evaluators.base import EVALUATORS
 from workers.merging.operator import OPERATORS
@@ -51,9 +51,26 @@ def algorithms() -> str:
 
 
 def operators() -> str:
-    """Merge operators."""
-    rows = ((f"`{name}`", found.info.summary, found.info.reference) for name, found in OPERATORS.items())
-    return _table(("operator", "what it does", "source"), rows)
+    """Merge operators, with what a search varies and what they need."""
+    rows = (
+        (f"`{name}`", found.info.summary, _traits(found.info), found.info.reference)
+        for name, found in OPERATORS.items()
+    )
+    return _table(("operator", "what it does", "coefficients; needs", "source"), rows)
+
+
+_COLUMNS = {"per_expert": "one an expert", "interpolation": "`t` between two", "scale": "one scale"}
+_NEEDS = {
+    "weights": "",
+    "factors": "LoRA experts",
+    "items": "calibration data",
+    "gradients": "calibration data, gradients",
+}
+
+
+def _traits(info: OperatorInfo) -> str:
+    traits = [_COLUMNS[info.columns], _NEEDS[info.needs]]
+    return "; ".join([*filter(None, traits), *(["also a modifier"] if info.modifier else [])])
 
 
 def evaluators() -> str:

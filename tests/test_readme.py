@@ -10,7 +10,7 @@ from api.documents import parse_document
 from optimizer.spec import parse_spec
 from tests.readme_tables import README, TABLES, render
 from workers.evaluators.base import parse_evaluator
-from workers.merging.operator import operator_info
+from workers.merging.operator import operator_info, parse_operator_options
 
 
 def test_every_table_is_there_and_current() -> None:
@@ -25,9 +25,14 @@ def test_the_make_targets_it_names_exist() -> None:
     assert {"demo", "test", "setup"} <= named <= set(targets)
 
 
-def test_its_job_is_one() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    spec = parse_spec(parse_document(block, "yaml", "job"))
+def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
+    job, fragment = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    spec = parse_spec(parse_document(job, "yaml", "job"))
+    varied = parse_spec({**parse_document(job, "yaml", "job"), **parse_document(fragment, "yaml", "job")})
+    parse_operator_options(varied.merge.operator, varied.merge.options)
+    for modifier in varied.merge.modifiers:
+        assert operator_info(modifier.operator).modifier
+        parse_operator_options(modifier.operator, modifier.options)
     assert [parse_evaluator(objective, n)[0].name for n, objective in enumerate(spec.objectives)] == ["causal_lm"] * 2
     assert operator_info(spec.merge.operator).name == spec.merge.operator
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -15,14 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimizer.errors import InvalidCheckpoint
+from optimizer.errors import InputsChanged, InvalidCheckpoint
 from optimizer.spec import JobSpec
+from workers.readahead import will_need
 from workers.roots import Roots
-from workers.safetensors_header import BROKEN, TensorEntry, read_header
+from workers.safetensors_header import BROKEN, TensorEntry, no_doubles, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_JSON = 50_000_000  # bytes of a config or index; real ones stay below 5 MB
+MAX_NAME = 255  # characters of a file's name
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
@@ -44,18 +48,51 @@ class TensorMeta:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """What tells whether a file was replaced or written to since it was opened."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def stamp(path: Path) -> Stamp | None:
+    """Return a file's stamp; None where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Factors:
-    """A task vector of low rank: scale · up @ down.
+    """A task vector of low rank: scale · up @ down, as a matrix of the tensor's first dimension by all others.
+
+    The rank is 0 where an adapter leaves a tensor as it is.
 
     Attributes:
-        up: B, shape (out, rank).
-        down: A, shape (rank, in).
+        up: B, shape (rows, rank).
+        down: A, shape (rank, columns).
         scale: PEFT's alpha / rank, or alpha / sqrt(rank).
+        transposed: the tensor is stored as the transpose of B @ A (embeddings, and layers that store (in, out)), so
+            that ``up`` is Aᵀ and ``down`` is Bᵀ.
     """
 
     up: Tensor
     down: Tensor
     scale: float
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``up``."""
+        return self.up.shape[1]
+
+    def to(self, device: torch.device) -> Factors:
+        """Return them on ``device``."""
+        return replace(self, up=self.up.to(device), down=self.down.to(device))
 
 
 class Checkpoint:
@@ -65,16 +102,25 @@ class Checkpoint:
 
     Attributes:
         name: the model's name in the job.
-        path: the directory.
+        path: the directory with its config and tokenizer.
+        source: the directory with its weights; another one for checkpoints that stand for others.
         config: its ``config.json``.
         tensors: by name, sorted.
     """
 
-    def __init__(self, name: str, path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorMeta]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorMeta],
+        stamps: Mapping[str, Stamp | None] | None = None,
+    ) -> None:
         self.name = name
-        self.path = path
+        self.path = self.source = path
         self.config = config
         self.tensors = tensors
+        self._stamps = dict(stamps or {})
         self._files: dict[str, Any] = {}
         self._mapped: dict[str, Tensor] = {}
         self._lock = Lock()
@@ -84,14 +130,47 @@ class Checkpoint:
 
         Raises:
             KeyError: the checkpoint has no such tensor.
+            InputsChanged: the file was changed since its header was checked.
         """
         with self._lock:
             if name not in self._mapped:
                 file = self.tensors[name].file
                 if file not in self._files:
-                    self._files[file] = safe_open(self.path / file, framework="pt")
+                    self._files[file] = self._open(file)
                 self._mapped[name] = self._files[file].get_tensor(name)
             return self._mapped[name]
+
+    def read_ahead(self, name: str) -> None:
+        """Ask the system to read a tensor's pages, if it is mapped; a hint."""
+        with self._lock:
+            known = self._mapped.get(name)
+        if known is not None:
+            will_need(known)
+
+    def verify(self) -> None:
+        """Raise `InputsChanged` if a file of weights is not the one that was opened, or was written to since then.
+
+        Told by the file's number, size and time of change. Not noticed: a file written to whose time was set back, one
+        written to through a mapping whose time the system has not set yet, and what a network file system does not
+        report. A file that is cut short while it is read kills the process (SIGBUS), as with every mapped file: replace
+        files by renaming, never write to those in use.
+        """
+        for file in self._stamps:
+            self._verify(file)
+
+    def _verify(self, file: str) -> None:
+        known = self._stamps.get(file)
+        if known is not None and stamp(self.path / file) != known:
+            raise InputsChanged(
+                f"{file} of the checkpoint {self.name!r} was changed or replaced while it was in use",
+                remedy="restore the file, or start again with the new one",
+            )
+
+    def _open(self, file: str) -> Any:
+        self._verify(file)
+        opened = safe_open(self.path / file, framework="pt")
+        self._verify(file)  # it may have been replaced in between
+        return opened
 
     def factors(self, name: str) -> Factors | None:
         """Return the low-rank factors of a tensor's difference to the base's, or None: only adapters have them."""
@@ -117,30 +196,38 @@ def tensor_bytes(tensor: Tensor) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def open_checkpoint(path: Path, name: str, field: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, name: str, field: str | None = None, base: Checkpoint | None = None) -> Checkpoint:
     """Open the checkpoint in the directory ``path``; its headers are checked, its weights not yet read.
 
     Args:
         path: an existing directory, e.g. from `Roots.resolve`.
         name: what the job calls the model.
         field: dotted path in the job spec, for errors.
+        base: the job's, so that a PEFT adapter to it can be opened too (`workers.adapters.Adapter`).
 
     Raises:
         InvalidCheckpoint: no checkpoint, pickles, or broken files.
     """
+    if base is not None and _is_adapter(path):
+        from workers.adapters import open_adapter  # which builds on this module
+
+        return open_adapter(path, name, base, field)
     config = read_json(path / "config.json", field) if (path / "config.json").is_file() else None
     _refuse_what_is_no_checkpoint(path, config is not None, field)
     tensors: dict[str, TensorMeta] = {}
+    stamps: dict[str, Stamp | None] = {}
     for file, expected in _files(path, field).items():
+        stamps[file] = stamp(path / file)
         entries = read_header(path / file, field)
         for missing in sorted(set(expected or entries) - set(entries)):
             raise InvalidCheckpoint(
                 f"{file} lacks tensor {missing!r}, which the index says it has", field=field, remedy=BROKEN
             )
-        tensors |= _metas(file, entries, expected)
+        _refuse_second_copies(file, entries, tensors, field)
+        tensors |= {name: TensorMeta(name, entry.dtype, entry.shape, file) for name, entry in entries.items()}
     if not tensors:
         raise InvalidCheckpoint(f"{name}: the checkpoint has no tensors", field=field, remedy=BROKEN)
-    return Checkpoint(name, path, config or {}, dict(sorted(tensors.items())))
+    return Checkpoint(name, path, config or {}, dict(sorted(tensors.items())), stamps)
 
 
 def open_checkpoints(spec: JobSpec, roots: Roots) -> dict[str, Checkpoint]:
@@ -149,26 +236,34 @@ def open_checkpoints(spec: JobSpec, roots: Roots) -> dict[str, Checkpoint]:
     Raises:
         InvalidCheckpoint, PathNotAllowed: with the field at fault, e.g. ``experts.1.path``.
     """
-    out = {"base": open_checkpoint(roots.resolve(spec.base, "base"), "base", "base")}
+    base = open_checkpoint(roots.resolve(spec.base, "base"), "base", "base")
+    out = {"base": base}
     for number, expert in enumerate(spec.experts):
         field = f"experts.{number}"
-        out[expert.name] = open_checkpoint(roots.resolve(expert, field), expert.name, field)
+        out[expert.name] = open_checkpoint(roots.resolve(expert, field), expert.name, field, base)
     return out
 
 
-def _metas(file: str, entries: Mapping[str, TensorEntry], expected: Sequence[str] | None) -> dict[str, TensorMeta]:
-    names = entries if expected is None else expected
-    return {name: TensorMeta(name, entries[name].dtype, entries[name].shape, file) for name in names}
+def _refuse_second_copies(
+    file: str, entries: Mapping[str, TensorEntry], known: Mapping[str, TensorMeta], field: str | None
+) -> None:
+    """Tensors that the index leaves out count as well: transformers loads whole shards. Two of one name cannot."""
+    for name in sorted(set(entries) & set(known)):
+        raise InvalidCheckpoint(
+            f"tensor {name!r} is in {known[name].file} and in {file}; which one counts nobody can tell",
+            field=field,
+            remedy=BROKEN,
+        )
 
 
 def _refuse_what_is_no_checkpoint(path: Path, has_config: bool, field: str | None) -> None:
     if not any(path.iterdir()):
         raise InvalidCheckpoint(f"{path.name} is an empty directory", field=field, remedy="name a model's directory")
-    if not has_config and (path / "adapter_config.json").is_file():
+    if _is_adapter(path):
         raise InvalidCheckpoint(
             f"{path.name} is a PEFT adapter, not a whole model",
             field=field,
-            remedy="merge the adapter into its base (peft: merge_and_unload) and save the result",
+            remedy="name the model it was trained on as the base, and the adapter among the experts",
         )
     if not ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):
         raise _no_weights(path, field)
@@ -176,6 +271,10 @@ def _refuse_what_is_no_checkpoint(path: Path, has_config: bool, field: str | Non
         raise InvalidCheckpoint(
             f"{path.name} has no config.json", field=field, remedy="save the model with save_pretrained"
         )
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / ADAPTER_CONFIG).is_file() and not ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
 
 
 def _no_weights(path: Path, field: str | None) -> InvalidCheckpoint:
@@ -197,14 +296,14 @@ def _files(path: Path, field: str | None) -> dict[str, list[str] | None]:
     """Weight files with the tensors the index expects in them (None: all it has)."""
     if not (path / INDEX).is_file():
         return {WEIGHTS: None}
-    weight_map = read_json(path / INDEX, field).get("weight_map")
+    weight_map = read_json(path / INDEX, field, doubles=False).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidCheckpoint(f"{INDEX} has no weight_map", field=field, remedy=BROKEN)
     out: dict[str, list[str] | None] = {}
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_shard_name(file):
             raise InvalidCheckpoint(
-                f"{INDEX} places tensor {tensor!r} in {file!r}, which is no safetensors file beside it",
+                f"{INDEX} places tensor {tensor!r} in {str(file)[:200]!r}, which is no safetensors file beside it",
                 field=field,
                 remedy=BROKEN,
             )
@@ -218,12 +317,31 @@ def _files(path: Path, field: str | None) -> dict[str, list[str] | None]:
     return out
 
 
-def read_json(path: Path, field: str | None = None) -> dict[str, Any]:
-    """Read a JSON object from a checkpoint's file; raises `InvalidCheckpoint` when it is none."""
+def _is_shard_name(file: object) -> bool:
+    return (
+        isinstance(file, str)
+        and Path(file).name == file
+        and file.endswith(".safetensors")
+        and file.isprintable()
+        and len(file) <= MAX_NAME
+    )
+
+
+def read_json(path: Path, field: str | None = None, *, doubles: bool = True) -> dict[str, Any]:
+    """Read a JSON object from a checkpoint's file.
+
+    Args:
+        path: of the file.
+        field: dotted path in the job spec, for errors.
+        doubles: whether a name may stand twice, the last one counting.
+
+    Raises:
+        InvalidCheckpoint: it cannot be read, or is none.
+    """
     try:
         if path.stat().st_size > MAX_JSON:
             raise InvalidCheckpoint(f"{path.name} is larger than {MAX_JSON // 10**6} MB", field=field, remedy=BROKEN)
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), object_pairs_hook=None if doubles else no_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{path.name} cannot be read: {error}", field=field, remedy=BROKEN) from error
     if not isinstance(data, dict):

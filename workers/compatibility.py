@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,9 +13,11 @@ from transformers import CONFIG_MAPPING
 from optimizer.errors import InvalidCheckpoint
 from optimizer.geometry import Layout, make_layout
 from optimizer.problem import Finding
+from workers.alignment import notes_of, row_count, rows_by_token, vocabulary_of
 from workers.checkpoints import Checkpoint, TensorMeta
 from workers.naming import canonical_names
-from workers.safetensors_header import DTYPES, MERGEABLE
+from workers.safetensors_header import DTYPES, FLOAT8, MERGEABLE
+from workers.tokenizers import LEGACY_FILES, Tokenizer, chat_template, conflicts, read_tokenizer, relation
 
 SHOWN = 20
 """Names of tensors that a finding lists."""
@@ -27,15 +27,6 @@ FUNCTION_FIELDS = (
     "*window*", "position_embedding_type", "*scal*", "patch_size", "image_size", "*norm_type*", "is_decoder",
 )  # fmt: skip
 """Fields of a config that change what a model computes without changing any tensor's shape."""
-
-TOKENIZER_FILES = (
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 @dataclass(frozen=True)
@@ -53,11 +44,11 @@ class _Named:
 
 
 def inspect(base: Checkpoint, experts: Sequence[Checkpoint], heads: Sequence[str]) -> tuple[Layout, list[Finding]]:
-    """Compare the experts with the base.
+    """Compare the experts with the base; what no finding mentions is equal.
 
     Args:
         base: the common ancestor.
-        experts: the models to merge.
+        experts: the models to merge; all from `workers.alignment.align`, where that can make them fit.
         heads: patterns (``*`` matches anything) of parameters that stay each model's own; they are matched against
             the tensor's name in its checkpoint and its canonical name.
 
@@ -124,7 +115,7 @@ def _layout(named: Sequence[_Named]) -> Layout:
 
 
 def _base_findings(base: _Named) -> list[Finding]:
-    findings = [*_quantised(base)]
+    findings = [*_quantised(base), *notes_of(base.checkpoint)]
     if not base.floats:
         findings.append(
             _finding("error", base, "every tensor matches a head pattern: nothing is left to merge (merge.heads)")
@@ -133,10 +124,17 @@ def _base_findings(base: _Named) -> list[Finding]:
 
 
 def _quantised(model: _Named) -> list[Finding]:
-    strange = [name for name, meta in model.floats.items() if meta.dtype not in MERGEABLE]
+    strange = [name for name, meta in model.floats.items() if meta.dtype not in MERGEABLE] or _scales(model)
     if strange or model.checkpoint.config.get("quantization_config"):
         return [_finding("error", model, "its weights are quantised, which cannot be merged", strange)]
     return []
+
+
+def _scales(model: _Named) -> list[str]:
+    """Tensors beside numbers of 8 bits that these are to be multiplied with: what is stored is no weight then."""
+    low = {name.rpartition(".")[0] for name, meta in model.floats.items() if DTYPES[meta.dtype] in FLOAT8}
+    parts = {name: name.rpartition(".") for name in model.floats} if low else {}
+    return [name for name, (module, _, own) in parts.items() if module in low and "scale" in own]
 
 
 def _expert_findings(base: _Named, expert: _Named) -> list[Finding]:
@@ -147,9 +145,11 @@ def _expert_findings(base: _Named, expert: _Named) -> list[Finding]:
         *_quantised(expert),
         *_name_findings(base, expert),
         *_tensor_findings(base, expert),
+        *notes_of(expert.checkpoint),
         *_integer_findings(base, expert),
         *_config_findings(base.checkpoint, expert.checkpoint),
-        *_tokenizer_findings(base.checkpoint.path, expert),
+        *_tokenizer_findings(base.checkpoint, expert.checkpoint),
+        *_template_findings(base.checkpoint, expert.checkpoint),
     ]
 
 
@@ -170,7 +170,8 @@ def _name_findings(base: _Named, expert: _Named) -> list[Finding]:
 def _tensor_findings(base: _Named, expert: _Named) -> list[Finding]:
     both = [name for name in base.floats if name in expert.floats]
     findings = []
-    wrong = [name for name in both if base.floats[name].shape != expert.floats[name].shape]
+    vocabulary = rows_by_token(base.checkpoint) if _vocabulary_refused(base.checkpoint, expert.checkpoint) else {}
+    wrong = [name for name in both if base.floats[name].shape != expert.floats[name].shape and name not in vocabulary]
     if wrong:
         first = f"{list(expert.floats[wrong[0]].shape)} instead of {list(base.floats[wrong[0]].shape)}"
         findings.append(_finding("error", expert, f"has tensors of another shape than the base ({first})", wrong))
@@ -212,30 +213,75 @@ def _config_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
 
 
-def _tokenizer_findings(base: Path, expert: _Named) -> list[Finding]:
-    path = expert.checkpoint.path
-    differing = [
-        file
-        for file in TOKENIZER_FILES
-        if (base / file).is_file()
-        and (path / file).is_file()
-        and (base / file).read_bytes() != (path / file).read_bytes()
-    ]
-    if _vocabulary(base) != _vocabulary(path) and None not in (_vocabulary(base), _vocabulary(path)):
-        differing.append("tokenizer.json")
-    if not differing:
+def _tokenizer_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    """What is to be said of two vocabularies beside what was done about them."""
+    if vocabulary_of(expert) is not None:
         return []
-    text = f"its tokenizer differs from the base's ({', '.join(differing)}): the same token may mean another word"
-    return [_finding("warning", expert, text)]
+    mine, other = read_tokenizer(base.path), read_tokenizer(expert.path)
+    if mine is None or other is None:
+        return _unreadable_findings(base, expert, other)
+    if refused := _refused(base, expert, mine, other):
+        return [Finding(severity="error", model=expert.name, message=refused)]
+    kind = relation(mine, other)
+    if kind != "equal":
+        more = abs(len(other.tokens) - len(mine.tokens))
+        text = (
+            f"its vocabulary has {more} {'more' if kind == 'extended' else 'fewer'} tokens than the base's; all others "
+            "have the same numbers, so rows are merged number by number (merge.vocabulary says what else could be done)"
+        )
+        return [Finding(severity="warning", model=expert.name, message=text)]
+    if mine.splitting != other.splitting:
+        text = (
+            "its tokenizer.json splits texts into other tokens than the base's, with the same numbers; the export has "
+            "the tokenizer of the model it is asked for (its head's, else the base's)"
+        )
+        return [Finding(severity="warning", model=expert.name, message=text)]
+    return []
 
 
-def _vocabulary(path: Path) -> Any:
-    """The part of a tokenizer.json that gives tokens their numbers; the rest holds settings of the last call."""
-    try:
-        data = json.loads((path / "tokenizer.json").read_bytes())
-        return data["model"].get("vocab"), data["model"].get("merges"), data.get("added_tokens")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+def _vocabulary_refused(base: Checkpoint, expert: Checkpoint) -> str | None:
+    """Why two vocabularies cannot be merged number by number; None where they can, or nothing is known of them."""
+    mine, other = read_tokenizer(base.path), read_tokenizer(expert.path)
+    if vocabulary_of(expert) is not None or mine is None or other is None:
         return None
+    return _refused(base, expert, mine, other)
+
+
+def _refused(base: Checkpoint, expert: Checkpoint, mine: Tokenizer, other: Tokenizer) -> str | None:
+    remedy = "set merge.vocabulary to `base` or `union` to merge rows by token (tokenizer.json)"
+    wrong = conflicts(mine, other)
+    if wrong:
+        return f"its tokenizer gives {len(wrong)} tokens other numbers than the base's, e.g. {wrong[0]!r}: {remedy}"
+    rows, others = row_count(base) or 0, row_count(expert) or 0
+    if rows == others or (relation(mine, other) == "equal" and min(rows, others) < len(mine.tokens)):
+        return None
+    counts = f"{len(other.tokens)} tokens in {others} rows, the base's {len(mine.tokens)} in {rows}"
+    return f"its vocabulary has {counts}: {remedy}"
+
+
+def _unreadable_findings(base: Checkpoint, expert: Checkpoint, other: Tokenizer | None) -> list[Finding]:
+    """What can be said of tokenizers without a `tokenizer.json`: whether their files are the same."""
+    both = [file for file in LEGACY_FILES if (base.path / file).is_file() and (expert.path / file).is_file()]
+    differing = [file for file in both if (base.path / file).read_bytes() != (expert.path / file).read_bytes()]
+    if differing:
+        text = f"its tokenizer differs from the base's ({', '.join(differing)}): the same token may mean another word"
+        return [Finding(severity="warning", model=expert.name, message=f"{text}; rows are merged number by number")]
+    if other is None and not both and row_count(base) is not None and read_tokenizer(base.path) is not None:
+        text = "has no tokenizer of its own; the base's is used"
+        return [Finding(severity="info", model=expert.name, message=text)]
+    return []
+
+
+def _template_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+    mine, other = chat_template(base.path), chat_template(expert.path)
+    if mine == other:
+        return []
+    if mine is not None and other is not None:
+        text = "its chat template differs from the base's"
+    else:
+        text = "has a chat template, the base has none" if mine is None else "has no chat template, the base has one"
+    text += "; the export has that of the model whose tokenizer it gets (its head's, else the base's)"
+    return [Finding(severity="info" if mine is None or other is None else "warning", model=expert.name, message=text)]
 
 
 def _finding(

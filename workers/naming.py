@@ -19,6 +19,9 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 from optimizer.errors import InvalidCheckpoint
 from workers.checkpoints import Checkpoint
 
+OUTPUT_LAYER = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder)\.weight$")
+"""Names of the layer that gives each token its score."""
+
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -66,6 +69,24 @@ def architecture(checkpoint: Checkpoint) -> type[PreTrainedModel]:
         )
     headless: Any = MODEL_MAPPING.get(CONFIG_MAPPING[model_type], PreTrainedModel)
     return cast("type[PreTrainedModel]", headless[0] if isinstance(headless, tuple) else headless)
+
+
+def tied_output(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Return the checkpoint's names of an output layer that is tied to its embeddings, and of these.
+
+    None where the architecture has no such layer, where the config does not tie it, or where the checkpoint stores a
+    different one: transformers then does not tie it either.
+    """
+    model_class = architecture(checkpoint)
+    if not _ties_embeddings(checkpoint.config, model_class):
+        return None
+    tied = model_class._tied_weights_keys or {}
+    for output, source in tied.items() if isinstance(tied, Mapping) else ():
+        if not OUTPUT_LAYER.search(output) or source not in checkpoint.tensors:
+            continue
+        if output not in checkpoint.tensors or _equal(checkpoint, output, source):
+            return output, source
+    return None
 
 
 def _field(checkpoint: Checkpoint) -> str:

@@ -27,6 +27,7 @@ from optimizer.errors import EvaluationTimeout, JobError, MergeoptError, Retryab
 from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec, Workers
+from workers.merging.cache import Cache
 from workers.prepare import prepare
 from workers.roots import Roots
 from workers.worker import EvaluationWorker
@@ -49,10 +50,15 @@ class LocalPoolFactory:
     """Pools of threads in this process, one worker each; for tests, debugging and `mergeopt run --pool local`.
 
     Workers share the process, so one that crashes takes the service with it; `RayPoolFactory` does not.
+
+    Args:
+        roots: directories that checkpoints and data may be in.
+        cache: where what operators prepare is kept; in memory by default.
     """
 
-    def __init__(self, roots: Sequence[Path]) -> None:
+    def __init__(self, roots: Sequence[Path], cache: Cache | None = None) -> None:
         self._roots = Roots(roots)
+        self._cache = cache
 
     def prepare(self, spec: JobSpec) -> Problem:
         """See `optimizer.ports.PoolFactory`."""
@@ -60,7 +66,7 @@ class LocalPoolFactory:
 
     def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
         """See `optimizer.ports.PoolFactory`."""
-        return LocalPool(spec, problem, self._roots)
+        return LocalPool(spec, problem, self._roots, self._cache)
 
     def close(self) -> None:
         """See `optimizer.ports.PoolFactory`."""
@@ -69,7 +75,8 @@ class LocalPoolFactory:
 class LocalPool:
     """One thread for each worker, fed from one queue."""
 
-    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots) -> None:
+    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, cache: Cache | None = None) -> None:
+        self._cache = cache
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Result | Exception] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -119,7 +126,7 @@ class LocalPool:
 
     def _work(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
         try:
-            worker = EvaluationWorker(spec, problem, roots, name)
+            worker = EvaluationWorker(spec, problem, roots, name, cache=self._cache)
             while not self._closed.is_set() and (task := self._tasks.get()) is not None:
                 self._results.put(self._attempt(worker, task))
         except Exception as error:  # noqa: BLE001 - handed to whoever waits
@@ -152,13 +159,21 @@ class RayPoolFactory:
         roots: directories that checkpoints and data may be in, the same on every node.
         address: of the cluster (``"auto"``, ``"10.0.0.1:6379"``, ``"ray://…"``); None starts a local Ray.
         start_timeout_s: how long to wait for the first worker of a job, e.g. for an autoscaler to add nodes.
+        cache: where each node keeps what operators prepare; in each worker's memory by default.
     """
 
-    def __init__(self, roots: Sequence[Path], address: str | None = None, start_timeout_s: float = 900.0) -> None:
+    def __init__(
+        self,
+        roots: Sequence[Path],
+        address: str | None = None,
+        start_timeout_s: float = 900.0,
+        cache: Cache | None = None,
+    ) -> None:
         self._paths = [str(path) for path in roots]
         self._roots = Roots(roots)
         self._address = address
         self._start_timeout_s = start_timeout_s
+        self._cache = cache
         self._lock = threading.Lock()
 
     def prepare(self, spec: JobSpec) -> Problem:
@@ -170,7 +185,7 @@ class RayPoolFactory:
         """See `optimizer.ports.PoolFactory`."""
         if self._address is None:
             _check_fits(spec.workers)
-        return RayPool(spec, problem, self._paths, self._start_timeout_s)
+        return RayPool(spec, problem, self._paths, self._start_timeout_s, self._cache)
 
     def close(self) -> None:
         """Disconnect, and stop the local Ray if there is one."""
@@ -224,9 +239,16 @@ class _Slot:
 class RayPool:
     """One actor for each worker; a task goes to an idle actor, and again to another if that one dies."""
 
-    def __init__(self, spec: JobSpec, problem: Problem, roots: Sequence[str], start_timeout_s: float) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        problem: Problem,
+        roots: Sequence[str],
+        start_timeout_s: float,
+        cache: Cache | None = None,
+    ) -> None:
         self._spec = spec
-        self._inputs = ray.put((spec.model_dump_json(), problem.model_dump_json(), list(roots)))
+        self._inputs = ray.put((spec.model_dump_json(), problem.model_dump_json(), list(roots), cache))
         self._start_timeout_s = start_timeout_s
         self._waiting: deque[Task] = deque()
         self._attempts: Counter[int] = Counter()
@@ -368,14 +390,15 @@ class _EvaluationActor:
     def __init__(self) -> None:
         self._worker: EvaluationWorker | None = None
 
-    def load(self, inputs: tuple[str, str, list[str]], name: str) -> None:
+    def load(self, inputs: tuple[str, str, list[str], Cache | None], name: str) -> None:
         """Load the models and the items of a job."""
-        spec, problem, roots = inputs
+        spec, problem, roots, cache = inputs
         self._worker = EvaluationWorker(
             JobSpec.model_validate_json(spec),
             Problem.model_validate_json(problem),
             Roots([Path(root) for root in roots]),
             f"{name}@{socket.gethostname()}:{os.getpid()}",
+            cache=cache,
         )
 
     def evaluate(self, task: Task) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput
@@ -11,10 +11,12 @@ from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space
 from optimizer.spec import JobSpec, Objective, RangeVariable
+from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import load_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, parse_evaluator, resolve_metric
+from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
 from workers.roots import Roots
@@ -33,11 +35,14 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     """
     parse_options(spec.algorithm)
     operator = _operator(spec)
-    checkpoints = open_checkpoints(spec, roots)
+    checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
     base, *experts = checkpoints.values()
+    _check_factors(operator, experts)
     layout, findings = inspect(base, experts, spec.merge.heads)
     raise_on_errors(findings)
     _check_heads(spec, layout)
+    _check_calibration(spec)
+    items = load_items(spec.merge.calibration, checkpoints, layout, roots)
     evaluators = make_evaluators(spec, roots, checkpoints)
     objectives = [
         _resolve(number, objective, evaluator)
@@ -46,15 +51,17 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     refs = {"base": spec.base} | {expert.name: expert for expert in spec.experts}
     problem = Problem(
         models={
-            name: ModelId(ref=refs[name].plain(), digest=digest(checkpoint)) for name, checkpoint in checkpoints.items()
+            name: ModelId(ref=refs[name].plain(), digest=digest(found), vocabulary=vocabulary_of(found))
+            for name, found in checkpoints.items()
         },
         layout=layout,
         operator=operator,
         objectives=objectives,
+        calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
     space = make_space(spec, problem)
-    engine = MergeEngine(checkpoints, layout)
+    engine = MergeEngine(checkpoints, layout, measurements=Calibrations(checkpoints, layout, items))
     for number, candidate in enumerate(spec.warm_starts.candidates):
         try:
             engine.check(space.encode(candidate)[1])
@@ -114,6 +121,36 @@ def _check_modifiers(spec: JobSpec) -> None:
                     remedy="leave out `per_group` and `per_expert`",
                 )
         parse_operator_options(modifier.operator, modifier.options, f"{field}.options")
+
+
+def _check_calibration(spec: JobSpec) -> None:
+    """Every operator that measures models needs data for them, and models to measure: not changed ones."""
+    used = [spec.merge.operator, *(modifier.operator for modifier in spec.merge.modifiers)]
+    for info in map(operator_info, used):
+        if info.needs not in ("items", "gradients"):
+            continue
+        for name in ["base"] if info.measures == "base" else [expert.name for expert in spec.experts]:
+            if name not in spec.merge.calibration:
+                raise missing(name, info.name)
+        for number, modifier in enumerate(spec.merge.modifiers):
+            if modifier.target == "experts" and info.measures == "experts":
+                raise InvalidInput(
+                    f"{info.name} measures the experts as they are, so they cannot be modified before",
+                    field=f"merge.modifiers.{number}.target",
+                    remedy="modify the merged model, or use an operator that needs no calibration data",
+                )
+
+
+def _check_factors(operator: OperatorInfo, experts: Sequence[Checkpoint]) -> None:
+    """An operator on the factors of adapters needs at least one."""
+    if operator.needs != "factors":
+        return
+    if not any(expert.factors(name) is not None for expert in experts for name in expert.tensors):
+        raise InvalidInput(
+            f"{operator.name} merges LoRA adapters, and none of the experts is one",
+            field="merge.operator",
+            remedy="name adapters' directories among the experts, or choose another operator such as task_arithmetic",
+        )
 
 
 def _check_heads(spec: JobSpec, layout: Layout) -> None:

@@ -44,6 +44,14 @@ class Roots:
             remedy="use a path relative to one of the server's roots, or have the server's `roots` setting extended",
         )
 
+    def holds(self, text: str) -> bool:
+        """Whether something is at the path ``text``, inside one of the roots."""
+        try:
+            self.path(text, "path")
+        except InvalidInput:
+            return False
+        return True
+
     def resolve(self, ref: ModelRef, field: str) -> Path:
         """Return the local directory of a checkpoint, downloaded from the hub where it is a hub id.
 

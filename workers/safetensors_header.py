@@ -152,17 +152,17 @@ def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in pairs:
         if name in out:
-            raise ValueError(f"the name {name[:200]!r} stands twice")
+            raise ValueError(f"a name stands twice: {name[:200]!r}")
         if not _is_text(name):
             raise ValueError("a name is no valid Unicode")
         out[name] = value
     return out
 
 
-def _whole(text: str) -> int:
-    if text.startswith("-") or len(text) > len(str(MAX_ELEMENTS)):  # -0 as well, which others take for a fraction
-        raise ValueError(f"the number {text[:40]} is out of range")
-    return int(text)
+def _whole(text: str) -> int | float:
+    """A number as the format has it; others (below zero, -0 as well, and huge ones) become fractions, which none may be."""
+    out_of_range = text.startswith("-") or len(text) > len(str(MAX_ELEMENTS))
+    return float(text) if out_of_range else int(text)
 
 
 def _entry(path: Path, name: str, value: Any, field: str | None) -> TensorEntry:

@@ -25,8 +25,11 @@ from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
 from optimizer.spec import JobSpec, Workers
+from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.evaluators.base import Evaluator
+from workers.merging.cache import Cache
+from workers.merging.calibration import Calibrations, check_items, load_items
 from workers.merging.engine import MergeEngine
 from workers.merging.resident import ResidentModels
 from workers.prepare import make_evaluators
@@ -50,16 +53,25 @@ class EvaluationWorker:
         problem: its inputs as found when it was prepared.
         roots: where checkpoints and data may be.
         name: how the worker is called in results.
+        cache: of what operators prepare, best over a directory that all workers of a machine share.
     """
 
-    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
+    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str, *, cache: Cache | None = None) -> None:
         self._name = name
         device = _device(spec.workers)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
-        checkpoints = open_checkpoints(spec, roots)
+        checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
         evaluators = make_evaluators(spec, roots, checkpoints)
         _check_inputs(problem, checkpoints, evaluators)
-        engine = MergeEngine(checkpoints, problem.layout, keep_on=device if device.type == "cuda" else None)
+        items = load_items(spec.merge.calibration, checkpoints, problem.layout, roots)
+        check_items(items, problem.calibration)
+        engine = MergeEngine(
+            checkpoints,
+            problem.layout,
+            keep_on=device if device.type == "cuda" else None,
+            cache=cache,
+            measurements=Calibrations(checkpoints, problem.layout, items, cache=cache, device=device),
+        )
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
         self._measures = _measures(spec, problem, evaluators)
@@ -117,6 +129,11 @@ def _check_inputs(problem: Problem, checkpoints: Mapping[str, Checkpoint], evalu
         if checkpoint.digest != problem.models[name].digest:
             raise InputsChanged(
                 f"the checkpoint {name!r} at {checkpoint.path} on {socket.gethostname()} is not the one the job began with",
+                remedy="give all nodes the same files",
+            )
+        if vocabulary_of(checkpoint) != problem.models[name].vocabulary:
+            raise InputsChanged(
+                f"the tokenizer of {name!r} on {socket.gethostname()} is not the one the job began with",
                 remedy="give all nodes the same files",
             )
     for objective, evaluator in zip(problem.objectives, evaluators, strict=True):

@@ -31,6 +31,19 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", show_
 SpecFile = Annotated[
     str, typer.Argument(metavar="FILE", help="Job spec, YAML or JSON; - reads it from stdin.", show_default=False)
 ]
+TokenizerFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer-from",
+        help="Model whose tokenizer, chat template and generation config it gets; the head's by default, else the base's.",
+        show_default=False,
+    ),
+]
+AsAdapter = Annotated[
+    int | None,
+    typer.Option("--as-adapter", help="Write a LoRA adapter of this rank to the base.", min=1, show_default=False),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 
 
 def out() -> Console:

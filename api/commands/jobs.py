@@ -12,10 +12,13 @@ from api.client import Client
 from api.commands.common import (
     INTERRUPTED,
     OTHER_ERROR,
+    AsAdapter,
     JobId,
     Json,
+    Overwrite,
     SpecFile,
     Token,
+    TokenizerFrom,
     Url,
     connect,
     err,
@@ -164,13 +167,18 @@ def export(
     head: Annotated[
         str | None, typer.Option("--head", help="Expert whose head the checkpoint gets.", show_default=False)
     ] = None,
+    tokenizer_from: TokenizerFrom = None,
+    as_adapter: AsAdapter = None,
+    overwrite: Overwrite = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is written.")] = False,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Write a candidate as a Hugging Face checkpoint."""
+    """Write a candidate as a Hugging Face checkpoint, or as an adapter."""
     with connect(url, token) as client:
-        view = client.export(job, candidate, head=head)
+        view = client.export(
+            job, candidate, head=head, tokenizer_from=tokenizer_from, as_adapter=as_adapter, overwrite=overwrite
+        )
         if not wait:
             out().print(f"{view.id} {view.state}")
             return

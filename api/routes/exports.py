@@ -9,14 +9,13 @@ from pydantic import Field
 
 from api.routes import examples
 from api.routes.common import ExportId, JobId, Store, answers
-from api.views import ExportView
+from api.views import ExportOptions, ExportView
 from optimizer.errors import Conflict, InvalidInput, NotFound, TooLarge
-from optimizer.spec import Strict
 
 router = APIRouter(tags=["exports"])
 
 
-class ExportInput(Strict):
+class ExportInput(ExportOptions):
     """What to export."""
 
     candidate: int = Field(ge=0, lt=2**31, description="The candidate's number in the job.", examples=[17])
@@ -47,7 +46,8 @@ def create_export(job_id: JobId, body: ExportBody, store: Store) -> ExportView:
         raise InvalidInput(
             f"{body.head!r} is no expert of the job", field="head", remedy=f"use one of: {', '.join(experts)}"
         )
-    return store.create_export(job_id, body.candidate, body.head)
+    options = ExportOptions.model_validate(body.model_dump(include=set(ExportOptions.model_fields)))
+    return store.create_export(job_id, body.candidate, body.head, options)
 
 
 @router.get(

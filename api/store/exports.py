@@ -12,8 +12,8 @@ from api.store.candidates import find_candidate
 from api.store.columns import utc_now
 from api.store.engine import Database, expiry
 from api.store.models import ExportRow, RecipeRow
-from api.store.ports import ExportTask
-from api.views import ExportState, ExportView
+from api.store.ports import DEFAULT_EXPORT, ExportTask
+from api.views import ExportOptions, ExportState, ExportView
 from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.spec import JobSpec
 
@@ -21,13 +21,15 @@ from optimizer.spec import JobSpec
 class Exports(Database):
     """Keeps the exports of candidates."""
 
-    def create_export(self, job_id: str, candidate: int, head: str | None) -> ExportView:
+    def create_export(
+        self, job_id: str, candidate: int, head: str | None, options: ExportOptions = DEFAULT_EXPORT
+    ) -> ExportView:
         """Queue an export of an evaluated candidate.
 
         Raises:
             NotFound: no such job or candidate.
             Conflict: the candidate has no scores.
-            InvalidInput: ``head`` is no expert of the job.
+            InvalidInput: ``head`` is no expert of the job, or ``options.tokenizer_from`` none of its models.
         """
         with self.write() as session:
             job = lifecycle.lock_job(session, job_id)
@@ -41,11 +43,18 @@ class Exports(Database):
             experts = [expert["name"] for expert in job.spec["experts"]]
             if head is not None and head not in experts:
                 raise InvalidInput(f"{head!r} is no expert", field="head", remedy=f"use one of: {', '.join(experts)}")
+            if options.tokenizer_from not in (None, "base", *experts):
+                raise InvalidInput(
+                    f"{options.tokenizer_from!r} is no model of the job",
+                    field="tokenizer_from",
+                    remedy=f"use one of: base, {', '.join(experts)}",
+                )
             export = ExportRow(
                 id=secrets.token_hex(8),
                 job_id=job_id,
                 candidate=candidate,
                 head=head,
+                options=options.model_dump(mode="json", exclude_defaults=True) or None,
                 state="queued",
                 progress=0.0,
                 created_at=utc_now(),
@@ -140,6 +149,7 @@ def _task(session: Session, export: ExportRow) -> ExportTask:
         recipe=recipe.recipe,
         spec=JobSpec.model_validate(job.spec),
         scores=dict(zip(names, candidate.values or [], strict=True)),
+        options=ExportOptions.model_validate(export.options or {}),
     )
 
 

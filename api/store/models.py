@@ -261,6 +261,7 @@ class ExportRow(Base):
     job_id: Mapped[str] = _job_key(primary_key=False)
     candidate: Mapped[int] = mapped_column(Integer)
     head: Mapped[str | None] = mapped_column(Text)
+    options: Mapped[dict[str, Any] | None]  # `api.views.ExportOptions`; null: its defaults
     state: Mapped[ExportState] = mapped_column(String(16), default="queued")
     progress: Mapped[float] = mapped_column(default=0.0)
     path: Mapped[str | None] = mapped_column(Text)

@@ -9,6 +9,7 @@ from api.views import (
     CandidateSummary,
     CandidateView,
     EventView,
+    ExportOptions,
     ExportState,
     ExportView,
     FrontView,
@@ -22,6 +23,9 @@ from optimizer.ports import JobState, Request
 from optimizer.spec import CandidateInput, JobSpec
 
 CandidateSort = Literal["index", "-index", "value", "-value"]
+
+
+DEFAULT_EXPORT = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class ExportTask:
     recipe: dict[str, Any]
     spec: JobSpec
     scores: dict[str, float]
+    options: ExportOptions = DEFAULT_EXPORT
 
 
 class JobStore(Protocol):
@@ -112,7 +117,9 @@ class JobStore(Protocol):
     def events(self, job_id: str | None, after: int, limit: int = 500) -> list[EventView]:
         """Return events with an id above ``after``, oldest first; of all jobs when ``job_id`` is None."""
 
-    def create_export(self, job_id: str, candidate: int, head: str | None) -> ExportView:
+    def create_export(
+        self, job_id: str, candidate: int, head: str | None, options: ExportOptions = DEFAULT_EXPORT
+    ) -> ExportView:
         """Queue an export of an evaluated candidate; a failed or pending one raises `Conflict`."""
 
     def get_export(self, export_id: str) -> ExportView:

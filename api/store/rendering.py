@@ -7,6 +7,7 @@ from typing import Any
 from api.store.models import CandidateRow, ExportRow, JobRow, TokenRow
 from api.views import (
     CandidateSummary,
+    ExportOptions,
     ExportView,
     GroupView,
     JobSummary,
@@ -88,6 +89,7 @@ def export_view(row: ExportRow) -> ExportView:
         job_id=row.job_id,
         candidate=row.candidate,
         head=row.head,
+        options=ExportOptions.model_validate(row.options or {}),
         state=row.state,
         progress=row.progress,
         path=row.path,

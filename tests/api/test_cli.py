@@ -97,8 +97,12 @@ def test_commands_and_their_options() -> None:
         "cancel": remote,
         "delete": remote,
         "clone": ["--changes", "--set", "--watch", "--json", *remote],
-        "export": ["--head", "--wait", *remote],
-    }
+        "export": ["--head", "--tokenizer-from", "--as-adapter", "--overwrite", "--wait", *remote],
+        "merge": [
+            "--root", "--model", "--head", "--tokenizer-from", "--shard-size", "--as-adapter", "--overwrite",
+        ],
+        "import": ["--out", "--recipe", "--root", "--model", "--overwrite"],
+    }  # fmt: skip
     service = [*store, "--root", "--exports-dir", "--pool", "--ray-address", "--max-jobs", "--log-level"]
     assert set(commands()["controller"]) == set(service)
     assert set(commands()["serve"]) == {*service, "--host", "--port", "--public-host", "--require-token"}

@@ -27,6 +27,8 @@ def test_table_lists_every_setting_with_its_default_and_help() -> None:
         "MERGEOPT_DATABASE_URL": "sqlite:///.mergeopt/mergeopt.db",
         "MERGEOPT_ROOTS": ".",
         "MERGEOPT_EXPORTS_DIR": ".mergeopt/exports",
+        "MERGEOPT_CACHE_DIR": ".mergeopt/cache",
+        "MERGEOPT_CACHE_GB": "100.0",
         "MERGEOPT_HOST": "127.0.0.1",
         "MERGEOPT_PORT": "8756",
         "MERGEOPT_PUBLIC_HOSTS": "",
@@ -51,6 +53,7 @@ def test_paths_are_absolute_and_follow_home(tmp_path: Path, monkeypatch: pytest.
     assert settings.home == tmp_path / "here"
     assert settings.database_url == f"sqlite:///{tmp_path}/here/mergeopt.db"
     assert settings.exports_dir == tmp_path / "here" / "exports"
+    assert settings.cache_dir == tmp_path / "here" / "cache"
     assert settings.roots == [tmp_path]
 
 

@@ -285,8 +285,8 @@ def test_a_list_has_a_number_for_each_expert() -> None:
 
 def test_modifiers_stand_around_the_experts_and_the_merge() -> None:
     modifiers = [
-        {"operator": "prune", "on": "experts", "options": {"density": {"low": 0.1, "high": 0.9}}},
-        {"operator": "lines", "on": "merged", "options": {"beta": 0.5}},
+        {"operator": "prune", "target": "experts", "options": {"density": {"low": 0.1, "high": 0.9}}},
+        {"operator": "lines", "target": "merged", "options": {"beta": 0.5}},
     ]
     spec, space = space_of({"granularity": {"layers": "whole"}, "modifiers": modifiers})
     assert [variable.name for variable in space.variables[2:]] == ["prune (experts) density"]

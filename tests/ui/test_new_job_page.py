@@ -59,7 +59,7 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     merge.get_by_role("button", name="Add modifier").click()
     modifier = item(page, "Modifier 1")
     modifier.get_by_label("Operator").select_option("task_arithmetic")
-    modifier.get_by_label("On *").select_option("merged")
+    modifier.get_by_label("Target *").select_option("merged")
     merge.get_by_label("Bounds").check()
     merge.get_by_role("spinbutton", name="Low *").fill("-0.5")
     merge.get_by_role("spinbutton", name="High *").fill("1.5")
@@ -77,7 +77,7 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     assert spec["merge"]["options"] == {
         "density": {"low": 0.2, "high": 0.9, "integer": False, "per_group": True, "per_expert": False}
     }
-    assert spec["merge"]["modifiers"] == [{"operator": "task_arithmetic", "on": "merged", "options": {}}]
+    assert spec["merge"]["modifiers"] == [{"operator": "task_arithmetic", "target": "merged", "options": {}}]
     assert spec["merge"]["bounds"] == {"low": -0.5, "high": 1.5}
     assert spec["merge"]["frozen"] == ["embeddings"]
     assert spec["algorithm"] == {"name": "cma_es", "options": {"sigma0": 0.2}}

@@ -429,7 +429,7 @@ class TestCompatibility:
         text = (odd / "tokenizer.json").read_text()
         (odd / "tokenizer.json").write_text(text.replace('"w1"', '"other"'))
         (finding,) = report(base, odd)
-        assert finding.severity == "warning" and "tokenizer.json" in finding.message
+        assert finding.severity == "error" and "tokenizer.json" in finding.message
         (odd / "tokenizer.json").write_text(text.replace('"truncation": null', '"truncation": {"max_length": 9}'))
         assert report(base, odd) == []
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from optimizer.errors import Conflict, InfeasibleCandidate, InvalidInput, MergeoptError
 from optimizer.geometry import Layout
-from optimizer.recipe import Recipe
+from optimizer.recipe import Leaf, Merge, Recipe, Selector
 from optimizer.spec import JobSpec
 from tests.workers.models import make_recipe, open_models, tiny_bert, tiny_bert_base, tiny_llama, tiny_vit
 from workers.checkpoints import INDEX, WEIGHTS, Checkpoint, open_checkpoint
@@ -287,6 +287,87 @@ def test_failures_leave_nothing_behind(models: Models, tmp_path: Path) -> None:
     with pytest.raises(MergeoptError, match="could not be written"):
         export(models, tmp_path / "file" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_overwriting_keeps_the_old_one_until_the_new_is_complete(models: Models, tmp_path: Path) -> None:
+    out = export(models, tmp_path / "out", [0.1, 0.1])
+    old = open_checkpoint(out, "old").digest
+
+    def stop(done: float) -> None:
+        if done > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(models, out, [0.2, 0.2], overwrite=True, progress=stop)
+    assert open_checkpoint(out, "old").digest == old
+    export(models, out, [0.2, 0.2], overwrite=True)
+    assert open_checkpoint(out, "new").digest != old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_exports_are_overwritten(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("keep")
+    (tmp_path / "link").symlink_to(export(models, tmp_path / "out"))
+    for name in ("mine", "link"):
+        with pytest.raises(Conflict, match="is no earlier export"):
+            export(models, tmp_path / name, overwrite=True)
+    assert (tmp_path / "mine" / "thesis").read_text() == "keep" and (tmp_path / "link").is_symlink()
+
+
+def test_a_model_is_not_overwritten_by_what_is_made_of_it(models: Models, tmp_path: Path) -> None:
+    out = export(models, tmp_path / "out")
+    before = sorted(path.name for path in out.iterdir())
+    again = open_models(out, {"one": out})
+    with pytest.raises(Conflict, match="holds the model 'base'"):
+        export(again, out, [0.5], overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+    for number, name in enumerate(("base", "one", "two")):
+        tiny_llama(tmp_path / name, seed=number)
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+        for file, field in (("generation_config.json", "eos_token_id"), ("config.json", "eos_token_id")):
+            data = json.loads((tmp_path / name / file).read_text())
+            (tmp_path / name / file).write_text(json.dumps(data | {field: 10 + number}))
+    (tmp_path / "two" / "chat_template.jinja").unlink()
+    models = open_models(tmp_path / "base", {"one": tmp_path / "one", "two": tmp_path / "two"})
+    for given, wanted in (("one", "one"), ("base", "base"), (None, "two")):
+        out = export(models, tmp_path / f"out-{given}", head="two", tokenizer_from=given)
+        number = ("base", "one", "two").index(wanted)
+        for file in ("generation_config.json", "config.json"):
+            assert json.loads((out / file).read_text())["eos_token_id"] == 10 + number
+        template = out / "chat_template.jinja"
+        # A model without a template has none: the base's would speak to it in tokens it was not trained on.
+        assert (template.read_text() if template.exists() else "two") == wanted
+        text = "the base" if wanted == "base" else f"the expert `{wanted}`"
+        assert f"tokenizer and chat template those of {text}." in (out / "README.md").read_text()
+    with pytest.raises(InvalidInput, match="'three' is no model"):
+        export(models, tmp_path / "out", head="two", tokenizer_from="three")
+
+
+def test_the_card_says_what_was_measured_and_how_to_repeat_it(tmp_path: Path) -> None:
+    for number, name in enumerate(("base", "one")):
+        tiny_llama(tmp_path / name, seed=number)
+        (tmp_path / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    models = open_models(tmp_path / "base", {"one": tmp_path / "one"})
+    out = export(models, tmp_path / "out", [0.5], scores={"a": 0.5}, test_scores={"a": 0.25, "b": 2.0})
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert "| Objective | Search | Test |\n| --- | --- | --- |\n| a | 0.5 | 0.25 |\n| b |  | 2 |" in card
+    assert "mergeopt merge recipe.json out --head one --root DIRECTORY" in card
+    assert "not measured on other data" not in card
+    assert yaml.safe_load((out / "mergekit.yml").read_text())["merge_method"] == "task_arithmetic"
+    chain = make_recipe(models[0], "task_arithmetic", [0.5]).model_copy(
+        update={"root": Merge(operator="linear", base=Leaf(model="base"), groups=[Selector()], coefficients=[[1.0]],
+                              inputs=[make_recipe(models[0], "task_arithmetic", [0.25]).root])}
+    )  # fmt: skip
+    out = export(models, tmp_path / "chain", recipe=chain)
+    card = (out / "README.md").read_text()
+    same = yaml.safe_load((out / "mergekit.yml").read_text())  # the outer merge changes nothing
+    assert same["models"][1]["parameters"] == {"weight": 0.25}
+    assert "Merge 0:\n\nOperator `task_arithmetic`." in card
 
 
 @pytest.fixture

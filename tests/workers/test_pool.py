@@ -18,6 +18,7 @@ from optimizer.problem import Problem
 from optimizer.space import make_space
 from optimizer.spec import JobSpec, parse_spec
 from tests.jobs import TASKS, write_data, write_job
+from workers.merging.cache import Cache
 from workers.pool import LocalPoolFactory, RayPoolFactory
 
 SLOW_ITEMS = 4000
@@ -36,7 +37,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.ray)])
 def factory(request: pytest.FixtureRequest, root: Path) -> Iterator[PoolFactory]:
     """Each kind of pool."""
-    factory: PoolFactory = LocalPoolFactory([root]) if request.param == "local" else RayPoolFactory([root])
+    cache = Cache(root / "cache" / request.param)
+    factory: PoolFactory = (
+        LocalPoolFactory([root], cache) if request.param == "local" else RayPoolFactory([root], cache=cache)
+    )
     yield factory
     factory.close()
 
@@ -94,6 +98,16 @@ def run(factory: PoolFactory, spec: JobSpec, make: Callable[[JobSpec, Problem], 
         return drain(pool, len(todo))
     finally:
         pool.close()
+
+
+def test_workers_keep_what_operators_prepare_for_each_other(factory: PoolFactory, root: Path) -> None:
+    plain = job(root, count=2)
+    spec = plain.model_copy(update={"merge": plain.merge.model_copy(update={"operator": "iso_c"})})
+    found = run(factory, spec, lambda spec, problem: tasks(spec, problem, 4))
+    assert not any(result.failure for result in found.values())
+    kind = "local" if isinstance(factory, LocalPoolFactory) else "ray"
+    kept = [path for path in (root / "cache" / kind).rglob("*") if path.is_file()]
+    assert kept and all(path.suffix == ".safetensors" for path in kept)
 
 
 def test_every_task_comes_back_once_with_the_same_scores_from_every_kind_of_pool(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,20 @@ class Cancelled(RetryableError):
 
 def never() -> bool:
     return False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model holds likely of one item (or window of a long text).
+
+    Attributes:
+        log_likelihoods: shape (draws, classes), float32 or float64: log-probabilities (nats) of each draw's classes. A
+            classifier draws once, a language model draws every token from its vocabulary.
+        observed: shape (draws,): the class that each draw has in the data.
+    """
+
+    log_likelihoods: Tensor
+    observed: Tensor
 
 
 class Evaluator(ABC):
@@ -111,6 +125,22 @@ class Evaluator(ABC):
             For each metric its scores, shape (items,).
         """
 
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """Yield what a model holds likely of each item, in no particular order, for gradients with respect to weights.
+
+        Whether gradients are recorded, and the model's mode, are the caller's. Draws are those that ``loss`` is the
+        negative log-likelihood of.
+
+        Raises:
+            InvalidInput: the evaluator's scores are no likelihoods.
+        """
+        del model
+        raise InvalidInput(
+            f"{self.name} gives no likelihoods, so nothing can be derived from its items",
+            field="evaluator",
+            remedy="use another evaluator for calibration, for example causal_lm or text_classification",
+        )
+
     @classmethod
     def info(cls) -> EvaluatorInfo:
         """Return what the API tells of this evaluator."""
@@ -145,11 +175,16 @@ def parse_evaluator(objective: Objective, index: int) -> tuple[type[Evaluator], 
     Raises:
         InvalidInput: names ``objectives.N.evaluator`` or the option.
     """
-    cls = EVALUATORS.find(objective.evaluator, f"objectives.{index}.evaluator")
+    return find_evaluator(objective.evaluator, objective.options, f"objectives.{index}")
+
+
+def find_evaluator(name: str, options: Mapping[str, Any], field: str) -> tuple[type[Evaluator], Evaluator.Options]:
+    """Find an evaluator and validate its options; raises `InvalidInput` below the dotted path ``field``."""
+    cls = EVALUATORS.find(name, f"{field}.evaluator")
     try:
-        return cls, cls.Options.model_validate(objective.options)
+        return cls, cls.Options.model_validate(dict(options))
     except ValidationError as error:
-        raise from_validation(error, f"objectives.{index}.options") from error
+        raise from_validation(error, f"{field}.options") from error
 
 
 def resolve_metric(objective: Objective, cls: type[Evaluator], index: int) -> tuple[str, Direction]:
@@ -181,6 +216,11 @@ class Batch:
     items: NDArray[np.int64]
     inputs: dict[str, Tensor]
     targets: Tensor
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities over the last dimension, in float32 where the logits are less precise."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def by_length(lengths: Sequence[int], batch_size: int, max_padded: int | None = None) -> list[NDArray[np.int64]]:

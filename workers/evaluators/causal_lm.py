@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
-from workers.evaluators.base import Evaluator, evaluator, never
+from workers.evaluators.base import Evaluator, Prediction, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -89,6 +89,10 @@ class CausalLM(Evaluator):
                 "loss": ItemScores(per_token.astype(np.float32), self._tokens.astype(np.float32)),
                 "perplexity": ItemScores(np.exp(per_token).astype(np.float32)),
             }
+
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """See `Evaluator.predictions`; every window is an item."""
+        return self._scorer.predictions(model)
 
 
 def _windows(ids: list[int], size: int) -> list[Scored]:

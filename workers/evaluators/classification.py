@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from optimizer.errors import InvalidCheckpoint, InvalidData, JobError
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
+from workers.evaluators.base import Prediction, log_softmax
 
 METRICS: dict[str, Direction] = {"accuracy": "maximise", "loss": "minimise"}
 LABEL = "The class: its name in the model's config, or its index."
@@ -63,6 +64,12 @@ def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
     # The largest of NaNs is an arbitrary class: such an item has no accuracy.
     correct = (logits.argmax(dim=1) == labels).float().where(logits.isfinite().all(dim=1), torch.nan)
     return torch.stack([correct, loss])
+
+
+def predictions_of(logits: Tensor, labels: Tensor) -> Iterator[Prediction]:
+    """Yield the prediction of each item of a batch; the arguments are those of `scores_of`."""
+    for row, label in zip(log_softmax(logits), labels, strict=True):
+        yield Prediction(row[None], label[None])
 
 
 def check_outputs(logits: Tensor, classes: int) -> None:

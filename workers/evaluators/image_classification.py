@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, by_length, evaluator, never, run
+from workers.evaluators.base import Batch, Evaluator, Prediction, by_length, evaluator, never, run
 from workers.evaluators.loading import load_image_processor
 
 
@@ -51,11 +51,19 @@ class ImageClassification(Evaluator):
         """Score an image classifier."""
         return classification.item_scores(run(model, self._batches, self._score, cancelled))
 
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """See `Evaluator.predictions`."""
+        for batch in self._batches:
+            yield from classification.predictions_of(*self._outputs(model, batch))
+
     def _score(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return classification.scores_of(*self._outputs(model, batch))
+
+    def _outputs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         pixels = self._pixels.restore(batch.inputs["pixel_values"].to(model.device))
         logits = model(pixel_values=pixels.to(model.dtype)).logits
         classification.check_outputs(logits, self._classes)
-        return classification.scores_of(logits, batch.targets.to(model.device))
+        return logits, batch.targets.to(model.device)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimizer.errors import InvalidCheckpoint
-from workers.evaluators.base import Batch, by_length, pad, run
+from workers.evaluators.base import Batch, Prediction, by_length, log_softmax, pad, run
 from workers.evaluators.loading import check_vocabulary
 
 # Logits take most of the memory: tokens × vocabulary, in float32 and once more for the softmax.
@@ -55,12 +55,19 @@ class LikelihoodScorer:
         check_vocabulary((sequence.ids for sequence in sequences), config, model_dir, field)
         vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1
         groups = by_length([len(s.ids) - 1 for s in sequences], batch_size, _MAX_LOGITS // vocabulary)
+        self._sequences = sequences
         self._batches = [_batch(items, [sequences[i] for i in items]) for items in groups]
 
     def losses(self, model: PreTrainedModel, cancelled: Callable[[], bool]) -> NDArray[np.float64]:
         """Return the negative log-likelihood (nats) of each sequence's predicted tokens, shape (sequences,)."""
         out: NDArray[np.float64] = run(model, self._batches, _losses, cancelled)[0]
         return out
+
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """Yield the predicted tokens of each sequence, one sequence after the other; see `Evaluator.predictions`."""
+        for number, sequence in enumerate(self._sequences):
+            logits, targets = _outputs(model, _batch(np.array([number]), [sequence]))
+            yield Prediction(log_softmax(logits[0]), targets[0])
 
 
 def _batch(items: NDArray[np.int64], sequences: list[Scored]) -> Batch:
@@ -72,16 +79,20 @@ def _batch(items: NDArray[np.int64], sequences: list[Scored]) -> Batch:
 
 
 def _losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    logits, targets = _outputs(model, batch)
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_UNSCORED, reduction="none"
+    )
+    return losses.view(targets.shape).double().sum(dim=1)[None]
+
+
+def _outputs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
     targets = batch.targets.to(model.device)
     # Positions at which no sequence is scored yet need no logits; in small models these cost a quarter of the pass.
     kept = targets.shape[1]
     options = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(**inputs, **options, use_cache=False).logits[:, -kept:]
-    losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_UNSCORED, reduction="none"
-    )
-    return losses.view(targets.shape).double().sum(dim=1)[None]
+    return model(**inputs, **options, use_cache=False).logits[:, -kept:], targets
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows, is_text
-from workers.evaluators.base import Evaluator, evaluator, never
+from workers.evaluators.base import Evaluator, Prediction, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -102,6 +104,14 @@ class MultipleChoice(Evaluator):
             "accuracy_norm": _item_scores(_correct, normed, self._answers),
             "loss": _item_scores(_loss, plain, self._answers),
         }
+
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """See `Evaluator.predictions`; the choices are the classes, each as likely as ``loss`` takes it to be."""
+        tokens = self._scorer.predictions(model)
+        for count, answer in zip(self._counts, self._answers, strict=True):
+            choices = [one.log_likelihoods.gather(1, one.observed[:, None]).sum() for one in islice(tokens, int(count))]
+            likelihoods = torch.stack(choices).log_softmax(dim=0)
+            yield Prediction(likelihoods[None], torch.tensor([int(answer)], device=likelihoods.device))
 
 
 def _item_scores(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, by_length, evaluator, never, pad, run
+from workers.evaluators.base import Batch, Evaluator, Prediction, by_length, evaluator, never, pad, run
 from workers.evaluators.loading import check_vocabulary, load_tokenizer, max_length
 
 
@@ -66,10 +66,18 @@ class TextClassification(Evaluator):
         """Score a sequence classifier."""
         return classification.item_scores(run(model, self._batches, self._score, cancelled))
 
+    def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
+        """See `Evaluator.predictions`."""
+        for batch in self._batches:
+            yield from classification.predictions_of(*self._outputs(model, batch))
+
     def _score(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        return classification.scores_of(*self._outputs(model, batch))
+
+    def _outputs(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(**{name: tensor.to(model.device) for name, tensor in batch.inputs.items()}).logits
         classification.check_outputs(logits, self._classes)
-        return classification.scores_of(logits, batch.targets.to(model.device))
+        return logits, batch.targets.to(model.device)
 
 
 def _batches(

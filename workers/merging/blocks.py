@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from workers.merging.kernels import fused_sum
+
 BLOCK = 1 << 20  # elements; half or twice as many measure slower on CPUs
 BLOCK_GPU = 1 << 26  # on a GPU starting a kernel costs as much as 10 MB of memory traffic
 _ROW = 4096
@@ -60,12 +62,7 @@ def weighted_sum(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[float
         out.copy_(terms[0][0])
         return
 
-    def combine(blocks: list[Tensor], result: Tensor) -> None:
-        torch.mul(blocks[0].to(result.dtype), terms[0][1], out=result)
-        for block, (_, weight) in zip(blocks[1:], terms[1:], strict=True):
-            result.add_(block, alpha=weight)
-
-    blockwise(out, [tensor for tensor, _ in terms], combine)
+    fused_sum(out, [tensor for tensor, _ in terms], [weight for _, weight in terms])
 
 
 def dot(left: Tensor, right: Tensor) -> float:

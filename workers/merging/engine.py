@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from threading import Lock
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optimizer.errors import InvalidCheckpoint, InvalidInput
+from optimizer.errors import InfeasibleCandidate, InvalidCheckpoint, InvalidInput
 from optimizer.geometry import Layout, TensorInfo
-from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Recipe
+from optimizer.recipe import UNKNOWN_DIGEST, CalibrationId, Leaf, Recipe
 from workers.checkpoints import Checkpoint, Factors
-from workers.merging.blocks import work_dtype
-from workers.merging.cache import Cache
-from workers.merging.facts import NodeFacts
+from workers.merging.blocks import blockwise, work_dtype
+from workers.merging.cache import Cache, key_of
+from workers.merging.facts import NodeFacts, Work
+from workers.merging.low_rank import Terms, combine, expand
 from workers.merging.nodes import Node, Row, compile_node
-from workers.merging.operator import Numbers, Parameter, Whole
-from workers.merging.plans import moved, placements
+from workers.merging.operator import MergeMeasured, Numbers, Parameter, Whole
+from workers.merging.plans import moved, placements, planned_layout
+from workers.merging.supply import Source, Supply
 from workers.naming import canonical_names
-from workers.safetensors_header import DTYPES
+from workers.safetensors_header import DTYPES, FLOAT8, size_in_bytes
 
 ROOM = 0.6
-"""Share of a GPU's free memory that the experts may take to stay there; the rest is for the merged model and its work."""
+"""Share of a GPU's free memory, less one model, that the checkpoints' tensors may take to stay there; the rest is for
+what evaluates the merged model."""
+
+COMPILED = 8
+"""Recipes whose compiled form is kept, so that asking for one parameter after another costs no more than for all."""
 
 
 class Measurements(Protocol):
     """What calibration data say of models."""
+
+    def check(self, calibration: Mapping[str, CalibrationId]) -> None:
+        """Raise `InvalidInput` if a recipe was made with other data."""
+        ...
 
     def get(self, model: str, tensor: TensorInfo, question: str) -> Numbers:
         """Return the answer to ``question`` (e.g. ``"fisher"``) for a parameter of the model of that name.
@@ -39,29 +51,61 @@ class Measurements(Protocol):
         """
         ...
 
+    def in_turn(self, models: Sequence[str], question: str, merge: MergeMeasured, key: str) -> Numbers:
+        """Return all parameters, under their names, of a model that is merged from its input to its output.
+
+        At each depth the models' own parameters stand in turn behind what is merged already, and are measured there on
+        the model's data; then the merged ones take their place.
+
+        Args:
+            models: their names.
+            question: what is measured.
+            merge: merges one parameter.
+            key: what ``merge`` does, for the cache; change it when that changes.
+
+        Raises:
+            InvalidInput: see `get`.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class _Target:
-    """A `Placement` with its node compiled."""
+    """A `Placement` with its node compiled, and what is read for it."""
 
     target: TensorInfo
     source: TensorInfo
     node: Node | Leaf
     scale: float
+    shift: float
+    twin: str | None
+    reads: tuple[Source, ...]
 
 
 class MergeEngine:
     """Computes the parameters of recipes over a fixed set of checkpoints.
 
     The same recipe gives bit-identical tensors on the same machine, whatever the number of threads and whoever calls;
-    safe to use from several threads.
+    safe to use from several threads. Digests in recipes must be those of the checkpoints: what is prepared is known by
+    them.
+
+    Memory on a CPU, besides the tensors that are filled: the checkpoints are mapped files, which all processes share and
+    whose pages the system takes back, so their number does not count. A merge takes, at one time and for one parameter
+    of n elements,
+
+        blocks + 4 n · (merged nodes below the root, one more if a layer plan scales the result + LoRA experts
+                        + the operator's own numbers for a whole tensor) + 2 n · (models stored in 8 bits)
+
+    bytes (twice that in float64), where the blocks of an element-wise operator are a few times 4 MB. Prepared answers
+    take at most `workers.merging.cache.MEMORY_BYTES`, and are mapped from the cache's directory where there is one. On a
+    GPU the checkpoints' tensors take `ROOM` · (free memory − one model), and what does not fit streams through
+    `workers.merging.supply.AHEAD`.
 
     Args:
         checkpoints: ``base`` and the experts by name.
         layout: what they share, from `workers.compatibility.inspect`.
-        keep_on: a GPU on which the checkpoints' tensors stay after their first use, if they fit into `ROOM` of its
-            free memory together; else, and by default, every use copies one tensor at a time to where it is needed.
-        cache: directory for prepared numbers that all workers of a machine share; by default they stay in memory.
+        keep_on: a GPU on which the checkpoints' tensors stay after their first use, as many as fit.
+        cache: where prepared numbers are kept; by default in memory.
         measurements: what calibration data say of the models, for operators that need any.
 
     Raises:
@@ -74,33 +118,44 @@ class MergeEngine:
         layout: Layout,
         *,
         keep_on: torch.device | None = None,
-        cache: Path | None = None,
+        cache: Cache | None = None,
         measurements: Measurements | None = None,
     ) -> None:
         self.measurements = measurements
         self.checkpoints = checkpoints
         self.layout = layout
-        self.cache = Cache(cache)
+        self._shared = {tensor.name: tensor for tensor in layout.shared}
+        self.cache = cache or Cache()
+        self.token = uuid.uuid4().hex
         self._raw = {name: _raw_names(checkpoint, layout) for name, checkpoint in checkpoints.items()}
-        self._keep_on = keep_on if keep_on is not None and self._fits(keep_on) else None
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self.supply = Supply(checkpoints, keep_on, _room(keep_on, layout))
+        self._compiled: OrderedDict[int, tuple[Recipe, dict[str, _Target]]] = OrderedDict()
         self._lock = Lock()
+
+    @cached_property
+    def layout_key(self) -> str:
+        """What the layout of the shared parameters is known by in the cache."""
+        return key_of([[tensor.name, list(tensor.shape)] for tensor in self.layout.shared])
 
     def check(self, recipe: Recipe) -> None:
         """Raise `InvalidInput` if the recipe names unknown models or operators, or bad options or coefficients."""
         self._compile(recipe)
 
+    def verify(self) -> None:
+        """Raise `InputsChanged` if a file of the checkpoints was changed; see `Checkpoint.verify`.
+
+        `apply` does this by itself; whoever calls `merged` does it before relying on the results.
+        """
+        for checkpoint in self.checkpoints.values():
+            checkpoint.verify()
+
     def result_layout(self, recipe: Recipe) -> Layout:
         """Return the layout of the merged model: the engine's own, unless the recipe rearranges layers.
 
         Raises:
-            InvalidInput: the plan names a layer that the models do not have.
+            InvalidInput: the plan cannot be carried out, see `workers.merging.plans.placements`.
         """
-        if recipe.layers is None:
-            return self.layout
-        own = tuple(tensor for tensor in self.layout.tensors if tensor.role == "head")
-        shared = tuple(placement.target for placement in placements(recipe, self.layout))
-        return Layout(tuple(sorted((*own, *shared), key=lambda tensor: tensor.name)), len(recipe.layers))
+        return planned_layout(recipe, self.layout, self.checkpoints["base"].config)
 
     def merged(
         self,
@@ -118,7 +173,7 @@ class MergeEngine:
             device: where it is computed; the CPU by default.
         """
         out = torch.empty(tensor.shape, dtype=dtype or DTYPES[tensor.dtype], device=device or torch.device("cpu"))
-        self._write(next(entry for entry in self._compile(recipe) if entry.target.name == tensor.name), out)
+        self._write(self._compile(recipe)[tensor.name], out)
         return out
 
     def apply(self, recipe: Recipe, targets: Mapping[str, Tensor]) -> None:
@@ -127,63 +182,82 @@ class MergeEngine:
         Args:
             recipe: the merged model.
             targets: for each shared parameter of `result_layout` the contiguous tensor to fill, of any type and on any
-                device, by name.
+                device, by name. Parameters of repeated layers may be given one tensor in common.
 
         Raises:
             InvalidInput: see `check`; nothing was written.
             InfeasibleCandidate: an operator is not defined for the coefficients; the targets are in no defined state.
+            InputsChanged: a checkpoint's file was changed; the targets are in no defined state.
         """
-        for entry in self._compile(recipe):
-            self._write(entry, targets[entry.target.name])
+        compiled = self._compile(recipe)
+        self.verify()
+        entries = [entry for entry in compiled.values() if not _is_twin(entry, targets)]
+        device = next(iter(targets.values())).device if targets else torch.device("cpu")
+        with self.supply.following([entry.reads for entry in entries], device) as reached:
+            for number, entry in enumerate(entries):
+                reached(number)
+                self._write(entry, targets[entry.target.name])
+        self.verify()
 
     def source(self, model: str, tensor: TensorInfo, device: torch.device) -> Tensor:
-        """Return a checkpoint's shared parameter on ``device``; on the CPU it is mapped from disk. Not to be written to."""
-        mapped = self.checkpoints[model].tensor(self._raw[model][tensor.name])
-        if device.type == "cpu":
-            return mapped
-        if device != self._keep_on:
-            return mapped.to(device)
-        with self._lock:
-            key = (model, tensor.name)
-            if key not in self._kept:
-                self._kept[key] = mapped.to(device)
-            return self._kept[key]
+        """Return a checkpoint's shared parameter on ``device``; on the CPU it is mapped from disk. Not to be written to.
 
-    def whole(self, node: Node, tensor: TensorInfo, device: torch.device, of: Sequence[int]) -> Whole:
+        Numbers of 8 bits come as bfloat16, which has all of them: nothing computes with theirs.
+        """
+        raw = self._raw[model][tensor.name]
+        factors = self.checkpoints[model].factors(raw)
+        if factors is not None:
+            base = self.source("base", tensor, device)
+            return expand(base, factors.to(device)) if factors.rank else base
+        found = self.supply.get((model, raw), device)
+        return found.to(torch.bfloat16) if found.dtype in FLOAT8 else found
+
+    def whole(self, node: Node, tensor: TensorInfo, work: Work, of: Sequence[int]) -> Whole:
         """Return a node's base (None where its operator does not use it) and some of its inputs, one whole parameter."""
-        base = self._value(node.base, tensor, device) if node.operator.info.uses_base else None
-        return base, tuple(self._value(node.inputs[number], tensor, device) for number in of)
+        base = self._value(node.base, tensor, work) if node.operator.info.uses_base else None
+        return base, tuple(self._input(node, number, base, tensor, work) for number in of)
 
-    def wholes(self, node: Node, device: torch.device, of: Sequence[int]) -> Iterator[tuple[TensorInfo, Whole]]:
+    def wholes(self, node: Node, work: Work, of: Sequence[int]) -> Iterator[tuple[TensorInfo, Whole]]:
         """Yield all shared parameters of a node's base and some of its inputs, one at a time."""
         for tensor in self.layout.shared:
-            yield tensor, self.whole(node, tensor, device, of)
+            yield tensor, self.whole(node, tensor, work.fresh(), of)
 
-    def factors(self, leaf: Leaf, tensor: TensorInfo, device: torch.device) -> Factors | None:
-        """Return the low-rank factors of a model's task vector, or None where it is no adapter's."""
-        if leaf.layer is not None:
-            tensor = moved(tensor, leaf.layer, self.layout)
-        found = self.checkpoints[leaf.model].factors(self._raw[leaf.model][tensor.name])
-        return Factors(found.up.to(device), found.down.to(device), found.scale) if found is not None else None
+    def taken(self, leaf: Leaf, tensor: TensorInfo) -> TensorInfo:
+        """Return which parameter of its model a leaf takes where ``tensor`` is merged."""
+        return tensor if leaf.layer is None else moved(tensor, leaf.layer, self._shared)
+
+    def factors(self, node: Node, number: int, tensor: TensorInfo, device: torch.device) -> Factors | None:
+        """Return the low-rank factors of the difference between an input and a node's base, or None where it has none."""
+        child, base = node.inputs[number], node.base
+        if isinstance(base, Leaf) and isinstance(child, Leaf) and (base.model, base.layer) == ("base", child.layer):
+            return self._factors(child, tensor, device)
+        return None
 
     def _write(self, entry: _Target, out: Tensor) -> None:
-        if entry.scale == 1.0:
-            self._fill(entry.node, entry.source, out)
-        else:
-            out.copy_(self._value(entry.node, entry.source, out.device).to(work_dtype(out)) * entry.scale)
+        work = Work(out.device, work_dtype(out, torch.empty(0, dtype=DTYPES[entry.source.dtype])))
+        try:
+            if entry.scale == 1.0 and out.dtype not in FLOAT8:
+                self._fill(entry.node, entry.source, out, work)
+            else:
+                _round(self._value(entry.node, entry.source, work), out, entry, work)
+        except InfeasibleCandidate as error:
+            message = f"{entry.target.name}: {error.message}"
+            raise InfeasibleCandidate(message, field=error.field, remedy=error.remedy) from error
 
-    def _fill(self, node: Node | Leaf, tensor: TensorInfo, out: Tensor) -> None:
+    def _fill(self, node: Node | Leaf, tensor: TensorInfo, out: Tensor, work: Work) -> None:
         if isinstance(node, Leaf):
-            out.copy_(self._leaf(node, tensor, out.device))
+            out.copy_(self._value(node, tensor, work))
             return
-        stretches = list(node.stretches(tensor))
-        if stretches == [(None, 0, None)]:
-            self._fill(node.base, tensor, out)
+        stretches = node.stretches(tensor)
+        if stretches[0][0] is None:
+            self._fill(node.base, tensor, out, work)
             return
-        base, inputs = self.whole(node, tensor, out.device, range(len(node.inputs)))
-        facts = NodeFacts(self, node, tensor, out.device)
+        facts = NodeFacts(self, node, tensor, work)
+        if len(stretches) == 1 and self._fill_linear(node, node.rows[stretches[0][0]], tensor, out, work, facts):
+            return
+        base, inputs = self.whole(node, tensor, work, range(len(node.inputs)))
         if len(stretches) == 1:
-            row = node.rows[stretches[0][0] or 0]
+            row = node.rows[stretches[0][0]]
             node.operator.merge(self._parameter(tensor, row, base, inputs, facts), out)
             return
         flat = [part.reshape(-1) if part is not None else None for part in (base, *inputs)]
@@ -192,6 +266,32 @@ class MergeEngine:
             models = tuple(part for part in cut[1:] if part is not None)
             parameter = self._parameter(tensor, node.rows[number or 0], cut[0], models, facts, begin)
             node.operator.merge(parameter, out.view(-1)[begin:end])
+
+    def _fill_linear(self, node: Node, row: Row, tensor: TensorInfo, out: Tensor, work: Work, facts: NodeFacts) -> bool:
+        """Merge adapters without writing them out, where the operator allows it; returns whether that was done."""
+        if not node.operator.linear:
+            return False
+        factors = [
+            self._factors(child, tensor, work.device) if isinstance(child, Leaf) else None for child in node.inputs
+        ]
+        if not any(factors):
+            return False
+        unit = torch.eye(len(node.inputs) + 1, dtype=torch.float64)
+        weights = torch.empty(len(unit), dtype=torch.float64)
+        base = unit[0] if node.operator.info.uses_base else None
+        node.operator.merge(self._parameter(tensor, row, base, tuple(unit[1:]), facts), weights)
+        sources = [node.base, *(self._ancestor(*pair) for pair in zip(node.inputs, factors, strict=True))]
+        terms = Terms()
+        for source, weight in zip(sources, weights.tolist(), strict=True):
+            if weight != 0.0:
+                terms.add(self._value(source, tensor, work), weight)
+        products = [(found, weight) for found, weight in zip(factors, weights[1:].tolist(), strict=True) if found]
+        combine(out, terms.tensors, terms.weights, products)
+        return True
+
+    def _ancestor(self, child: Node | Leaf, factors: Factors | None) -> Node | Leaf:
+        """What an input's factors are added to; the input itself where it has none."""
+        return Leaf(model="base", layer=child.layer) if isinstance(child, Leaf) and factors is not None else child
 
     def _parameter(
         self,
@@ -206,21 +306,50 @@ class MergeEngine:
             tensor, self.layout.layers, base, models, row.coefficients, row.options, facts, row.each, begin
         )
 
-    def _value(self, node: Node | Leaf, tensor: TensorInfo, device: torch.device) -> Tensor:
-        """A child's tensor; one that is itself merged stays in the work type, so that rounding happens once."""
+    def _value(self, node: Node | Leaf, tensor: TensorInfo, work: Work) -> Tensor:
+        """A child's tensor; one that is itself merged stays in the work type, so that rounding happens once.
+
+        What stands at several places below one parameter is read, expanded or merged once.
+        """
         if isinstance(node, Leaf):
-            return self._leaf(node, tensor, device)
-        like = torch.empty(0, dtype=DTYPES[tensor.dtype])
-        out = torch.empty(tensor.shape, dtype=work_dtype(like), device=device)
-        self._fill(node, tensor, out)
+            tensor = self.taken(node, tensor)
+        key = (node.model if isinstance(node, Leaf) else node.identity, tensor.name)
+        if key not in work.values:
+            work.values[key] = self._made(node, tensor, work)
+        return work.values[key]
+
+    def _made(self, node: Node | Leaf, tensor: TensorInfo, work: Work) -> Tensor:
+        if isinstance(node, Leaf):
+            return self.source(node.model, tensor, work.device)
+        out = torch.empty(tensor.shape, dtype=work.dtype, device=work.device)
+        self._fill(node, tensor, out, work)
         return out
 
-    def _leaf(self, leaf: Leaf, tensor: TensorInfo, device: torch.device) -> Tensor:
-        if leaf.layer is not None:
-            tensor = moved(tensor, leaf.layer, self.layout)
-        return self.source(leaf.model, tensor, device)
+    def _input(self, node: Node, number: int, base: Tensor | None, tensor: TensorInfo, work: Work) -> Tensor:
+        """An input's tensor; the base's where the operator takes the difference between them from factors."""
+        needs = base is not None and node.operator.info.needs == "factors"
+        if needs and self.factors(node, number, tensor, work.device) is not None:
+            return self._value(node.base, tensor, work)
+        return self._value(node.inputs[number], tensor, work)
 
-    def _compile(self, recipe: Recipe) -> list[_Target]:
+    def _factors(self, leaf: Leaf, tensor: TensorInfo, device: torch.device) -> Factors | None:
+        found = self.checkpoints[leaf.model].factors(self._raw[leaf.model][self.taken(leaf, tensor).name])
+        return found.to(device) if found is not None else None
+
+    def _compile(self, recipe: Recipe) -> dict[str, _Target]:
+        """The parameters of the merged model by name, in order; the last few recipes are remembered."""
+        with self._lock:
+            known = self._compiled.get(id(recipe))  # the entry keeps the recipe alive, so its number is its own
+            if known is not None:
+                return known[1]
+        compiled = {entry.target.name: entry for entry in self._targets(recipe)}
+        with self._lock:
+            self._compiled[id(recipe)] = recipe, compiled
+            while len(self._compiled) > COMPILED:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def _targets(self, recipe: Recipe) -> list[_Target]:
         unknown = sorted(recipe.used - set(self.checkpoints))
         if unknown:
             raise InvalidInput(
@@ -228,31 +357,70 @@ class MergeEngine:
                 field="recipe.models",
                 remedy=f"use: {', '.join(self.checkpoints)}",
             )
-        digests = {name: self._digest(recipe, name) for name in recipe.used}
-        root = compile_node(recipe.root, "recipe.root", digests, self.layout)
-        compiled: dict[int, Node | Leaf] = {id(recipe.root): root}
+        if self.measurements is not None:
+            self.measurements.check(recipe.calibration or {})
+        known = recipe.identities
+        digests = {
+            name: known[name] if known[name] != UNKNOWN_DIGEST else f"{known[name]}:{name}" for name in recipe.used
+        }
+        compiled = {id(recipe.root): compile_node(recipe.root, "recipe.root", digests, self.layout)}
         for depth, planned in enumerate(recipe.layers or []):
             if planned.node is not None:
                 field = f"recipe.layers.{depth}.node"
                 compiled[id(planned.node)] = compile_node(planned.node, field, digests, self.layout)
         return [
-            _Target(placement.target, placement.source, compiled[id(placement.node)], placement.scale)
-            for placement in placements(recipe, self.layout)
+            _Target(
+                placement.target,
+                placement.source,
+                compiled[id(placement.node)],
+                placement.scale,
+                placement.shift,
+                placement.twin,
+                tuple(dict.fromkeys(self._reads(compiled[id(placement.node)], placement.source))),
+            )
+            for placement in placements(recipe, self.layout, self.checkpoints["base"].config)
         ]
 
-    def _digest(self, recipe: Recipe, name: str) -> str:
-        known = recipe.identities[name]
-        return known if known != UNKNOWN_DIGEST else f"{UNKNOWN_DIGEST}:{name}"
+    def _reads(self, node: Node | Leaf, tensor: TensorInfo) -> Iterator[Source]:
+        """What is read for a parameter."""
+        if isinstance(node, Leaf):
+            name = self.taken(node, tensor).name
+            adapted = self.checkpoints[node.model].factors(self._raw[node.model][name]) is not None
+            model = "base" if adapted else node.model
+            yield model, self._raw[model][name]
+            return
+        outside = node.stretches(tensor)[0][0] is None
+        if outside or node.operator.info.uses_base:
+            yield from self._reads(node.base, tensor)
+        for child in () if outside else node.inputs:
+            yield from self._reads(child, tensor)
 
-    def _fits(self, device: torch.device) -> bool:
-        if device.type != "cuda":
-            return False
-        shared = sum(
-            checkpoint.tensor(raw).nbytes
-            for name, checkpoint in self.checkpoints.items()
-            for raw in self._raw[name].values()
-        )
-        return shared <= ROOM * torch.cuda.mem_get_info(device)[0]
+
+def _is_twin(entry: _Target, targets: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter is the same tensor as one that is filled anyway."""
+    return entry.twin is not None and targets[entry.twin] is targets[entry.target.name]
+
+
+def _round(value: Tensor, out: Tensor, entry: _Target, work: Work) -> None:
+    """Write scale · value + shift, rounded once."""
+
+    def combine(blocks: list[Tensor], result: Tensor) -> None:
+        torch.mul(blocks[0].to(result.dtype), entry.scale, out=result)
+        if entry.shift:
+            result.add_(entry.shift)
+
+    if entry.scale == 1.0:
+        out.copy_(value)
+    else:
+        blockwise(out, [value], combine, work.dtype)
+
+
+def _room(device: torch.device | None, layout: Layout) -> int:
+    """Bytes that the checkpoints' tensors may take on a GPU."""
+    if device is None or device.type != "cuda":
+        return 0
+    model = sum(size_in_bytes(tensor.dtype, tensor.shape) for tensor in layout.tensors)
+    return max(0, int(ROOM * (torch.cuda.mem_get_info(device)[0] - model)))
 
 
 def _raw_names(checkpoint: Checkpoint, layout: Layout) -> dict[str, str]:

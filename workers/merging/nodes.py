@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -12,9 +12,12 @@ from typing import Any
 
 from optimizer.errors import InvalidInput
 from optimizer.geometry import Layout, TensorInfo
-from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, canonical
+from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Selector, canonical
 from workers.merging.cache import key_of
 from workers.merging.operator import OPERATORS, Operator, Options, make_options
+
+LARGEST = 1e30
+"""Magnitude of a coefficient from which on float32 would overflow on the way."""
 
 Stretch = tuple[int | None, int, int | None]
 """Row of the table (None: no group contains the parameter), first element, end (None: to the end)."""
@@ -36,8 +39,9 @@ class Node:
     Attributes:
         base, inputs: its children.
         rows: the tables, row by row.
-        offsets: where each shared parameter begins in the flat vector of all; empty without ``breaks``.
         digests: the models' by name.
+        groups: the row of each shared parameter that is in a group; empty with ``breaks``.
+        offsets: where each shared parameter begins in the flat vector of all; empty without ``breaks``.
     """
 
     merge: Merge
@@ -46,23 +50,23 @@ class Node:
     inputs: tuple[Node | Leaf, ...]
     rows: tuple[Row, ...]
     digests: Mapping[str, str]
-    offsets: Mapping[str, int] = field(default_factory=dict)
+    groups: Mapping[str, int]
+    offsets: Mapping[str, int]
 
-    def stretches(self, tensor: TensorInfo) -> Iterator[Stretch]:
-        """Yield the stretches of a parameter that have a row of their own, in order."""
+    def stretches(self, tensor: TensorInfo) -> list[Stretch]:
+        """Return the stretches of a parameter that have a row of their own, in order; at least one."""
         breaks = self.merge.breaks
         if breaks is None:
-            yield self.merge.row(tensor), 0, None
-            return
+            return [(self.groups.get(tensor.name), 0, None)]
         begin = self.offsets[tensor.name]
         end = begin + prod(tensor.shape)
         first, last = bisect_right(breaks, begin), bisect_left(breaks, end)
-        if first == last:
-            yield first, 0, None
-            return
+        if first >= last:
+            return [(first, 0, None)]
         cuts = [begin, *breaks[first:last], end]
-        for number, (left, right) in enumerate(pairwise(cuts), start=first):
-            yield number, left - begin, right - begin
+        return [
+            (number, left - begin, right - begin) for number, (left, right) in enumerate(pairwise(cuts), start=first)
+        ]
 
     @cached_property
     def identity(self) -> str:
@@ -98,6 +102,7 @@ def compile_node(node: Leaf | Merge, where: str, digests: Mapping[str, str], lay
         return node
     entry = OPERATORS.find(node.operator, f"{where}.operator")
     _check_columns(node, entry, where)
+    _check_coefficients(node, where)
     offsets = _offsets(node, entry, layout, where) if node.breaks is not None else {}
     return Node(
         merge=node,
@@ -108,8 +113,36 @@ def compile_node(node: Leaf | Merge, where: str, digests: Mapping[str, str], lay
         ),
         rows=_rows(node, entry, where),
         digests=digests,
+        groups=assign(node.groups or [], layout, f"{where}.groups"),
         offsets=offsets,
     )
+
+
+def assign(groups: Sequence[Selector], layout: Layout, where: str) -> dict[str, int]:
+    """Return the number of the first group that contains each shared parameter, by name; the same as `Merge.row`.
+
+    Groups that list names are looked up, so that as many groups as parameters cost no more than a few.
+
+    Raises:
+        InvalidInput: a group contains no parameter at all (one whose parameters are all in earlier groups may be).
+    """
+    shared = {tensor.name: tensor for tensor in layout.shared}
+    rows: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        names = group.tensors
+        listed = names is not None and not any(character in name for name in names for character in "*?[")
+        among = [shared[name] for name in names or () if name in shared] if listed else shared.values()
+        members = [tensor.name for tensor in among if group.matches(tensor)]
+        if not members:
+            raise InvalidInput(
+                f"no merged parameter is in the group ({group.label})",
+                field=f"{where}.{number}",
+                remedy=f"leave it out, or use positions 0 to {layout.layers - 1}, `input` or `output`, kinds and names "
+                "that the models have",
+            )
+        for name in members:
+            rows.setdefault(name, number)
+    return rows
 
 
 def _check_columns(node: Merge, entry: Operator, where: str) -> None:
@@ -126,6 +159,16 @@ def _check_columns(node: Merge, entry: Operator, where: str) -> None:
     if info.columns != "interpolation" and not info.min_experts <= count <= (info.max_experts or count):
         allowed = f"{info.min_experts} to {info.max_experts}" if info.max_experts else f"at least {info.min_experts}"
         raise InvalidInput(f"{node.operator} takes {allowed} models, not {count}", field=f"{where}.inputs")
+
+
+def _check_coefficients(node: Merge, where: str) -> None:
+    for number, row in enumerate(node.coefficients):
+        if not all(abs(value) <= LARGEST for value in row):  # not a number is not either
+            raise InvalidInput(
+                f"{max(row, key=abs):g} is no coefficient that could be computed with",
+                field=f"{where}.coefficients.{number}",
+                remedy=f"use numbers between -{LARGEST:g} and {LARGEST:g}; usual ones are near 1",
+            )
 
 
 def _rows(node: Merge, entry: Operator, where: str) -> tuple[Row, ...]:

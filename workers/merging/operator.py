@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, ValidationError
 from torch import Tensor
@@ -75,6 +75,10 @@ Numbers = Mapping[str, Tensor]
 """What `Facts` keeps: tensors by name; a plain number as a float64 tensor without dimensions."""
 
 
+MergeMeasured = Callable[[tuple[Tensor, ...], tuple[Numbers, ...]], Tensor]
+"""Merges one parameter: the inputs' tensors, complete, and what was measured of each, to the merged tensor."""
+
+
 class Facts(Protocol):
     """Answers to questions that cost more than a candidate should pay.
 
@@ -116,12 +120,33 @@ class Facts(Protocol):
         """
         ...
 
+    def of_tensors(
+        self,
+        question: str,
+        compute: Callable[[TensorInfo, Whole], Numbers],
+        *,
+        of: Sequence[int] | None = None,
+        settings: Mapping[str, Scalar | Sequence[float]] | None = None,
+    ) -> Iterable[tuple[TensorInfo, Numbers]]:
+        """Yield `of_tensor`'s answer, known or new, for every shared parameter in turn.
+
+        For what `of_model` has to know of all parameters, and each parameter needs by itself later.
+        """
+        ...
+
     def seed(self, number: int, settings: Mapping[str, Scalar] | None = None) -> int:
         """Return 64 bits that depend on the content of an input, the parameter and ``settings``, on nothing else."""
         ...
 
+    def behind(self, number: int) -> Facts | None:
+        """Return the facts about the merge that an input is the result of, or None where it is a model as it is."""
+        ...
+
     def factors(self, number: int) -> Factors | None:
-        """Return the low-rank factors of an input's task vector here, or None where it is no LoRA adapter's."""
+        """Return the low-rank factors of an input's task vector here, or None where it is no LoRA adapter's.
+
+        To operators that need factors, such an input is not written out: its tensor among the models is the base's.
+        """
         ...
 
     def measured(self, number: int, question: str) -> Numbers:
@@ -133,6 +158,21 @@ class Facts(Protocol):
 
         Raises:
             InvalidInput: the recipe has no calibration data for that model.
+        """
+        ...
+
+    def merged_in_turn(
+        self, question: str, merge: MergeMeasured, settings: Mapping[str, Scalar] | None = None
+    ) -> Tensor:
+        """Return this parameter of a model that is merged layer by layer, each on what the merged ones before it pass on.
+
+        Args:
+            question: what is measured of each input at each depth, e.g. ``"gram"``.
+            merge: merges one parameter of all inputs.
+            settings: what ``merge`` depends on.
+
+        Raises:
+            InvalidInput: the recipe has no calibration data for one of the inputs.
         """
         ...
 
@@ -161,11 +201,14 @@ class Operator:
         info: what the optimizer and the API know of it.
         options: the class of its options.
         merge: the arithmetic.
+        linear: the result is a sum of the base and the inputs with weights that depend on the coefficients, the options
+            and the parameter's place only; so the engine may add up adapters as products of their factors.
     """
 
     info: OperatorInfo
     options: type[Options]
     merge: MergeFunction
+    linear: bool = False
 
 
 OPERATORS: Registry[Operator] = Registry("operator", "workers.merging.operators")
@@ -185,12 +228,14 @@ def operator(
     min_experts: int = 1,
     max_experts: int | None = None,
     needs: Needs = "weights",
+    measures: Literal["experts", "base"] = "experts",
     elementwise: bool = False,
     ordered: bool = False,
     idempotent: bool = True,
     modifier: bool = False,
+    linear: bool = False,
 ) -> Callable[[F], F]:
-    """Register the decorated function as an operator; the arguments are those of `OperatorInfo`."""
+    """Register the decorated function as an operator; the arguments are those of `OperatorInfo` and `Operator`."""
     schema = options.model_json_schema()
     info = OperatorInfo(
         name=name,
@@ -203,6 +248,7 @@ def operator(
         low=low,
         high=high,
         needs=needs,
+        measures=measures,
         elementwise=elementwise,
         ordered=ordered,
         idempotent=idempotent,
@@ -212,7 +258,7 @@ def operator(
     )
 
     def decorate(function: F) -> F:
-        OPERATORS.register(name)(Operator(info, options, function))
+        OPERATORS.register(name)(Operator(info, options, function, linear))
         return function
 
     return decorate

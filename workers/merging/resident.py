@@ -1,25 +1,34 @@
-"""One resident merged model: candidates are merged into it in place, and every head's model shares its memory."""
+"""One resident merged model: candidates are merged into it in place, and every head's model shares its memory.
+
+Layer plans re-assemble it without reading anything again: the tensors of each depth stay and are reused by the next
+candidate that is as deep, a layer that is repeated is in memory once, and modules are made once for each number and
+order of kinds of layers, by transformers, from the same config that an export writes.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimizer.errors import InvalidCheckpoint, InvalidInput
-from optimizer.geometry import Layout
-from optimizer.recipe import Recipe
+from optimizer.geometry import Layout, TensorInfo
+from optimizer.recipe import PlannedLayer, Recipe
 from workers.checkpoints import Checkpoint
-from workers.compatibility import head_tensors
+from workers.merging.configs import Configs
 from workers.merging.engine import MergeEngine
+from workers.merging.plans import arranged, placements
 from workers.naming import canonical_names
 from workers.quiet import quiet
+
+KEPT = 16
+"""Models of other depths whose modules are kept; their weights are the resident ones."""
 
 UNUSED_POOLER = ("AutoModel", "pooler.")
 """Only the pooler of a headless model may be missing: nobody who asks for hidden states reads it. It is filled with NaN,
@@ -28,15 +37,20 @@ so that whoever does read it notices."""
 
 @dataclass
 class _Built:
-    """A model and those of its parameters that are not the resident tensors themselves.
+    """A model and where its weights come from.
 
     Attributes:
+        head: whose head and config it has.
+        data: its config.
+        shared: by parameter the canonical name of the resident tensor that it is.
         derived: parameters that transformers computes on loading (fused experts, kept in float32); reloaded after
             every merge.
     """
 
     model: PreTrainedModel
     head: str | None
+    data: Mapping[str, Any]
+    shared: dict[str, str] = field(default_factory=dict)
     derived: list[str] = field(default_factory=list)
 
 
@@ -44,6 +58,9 @@ class ResidentModels:
     """The merged model in memory.
 
     Not safe to use from several threads: `apply` changes the weights of every model that `model` returned.
+
+    Attributes:
+        shared: the merged parameters by canonical name; those of a repeated layer are one tensor.
 
     Args:
         checkpoints: ``base`` and the experts by name.
@@ -67,22 +84,43 @@ class ResidentModels:
         self.dtype = dtype
         self._engine = engine
         self._models: dict[tuple[str | None, str], _Built] = {}
+        self._put_aside: list[tuple[tuple[str | None, str], _Built]] = []
+        self._layers: Sequence[PlannedLayer] | None = None
+        self._configs = {name: Configs(checkpoint) for name, checkpoint in checkpoints.items()}
+        self._names: dict[str, dict[str, str]] = {}
+        self._own: dict[tuple[str, str], Tensor] = {}
         self.shared: dict[str, Tensor] = {
             tensor.name: engine.source("base", tensor, device).to(dtype, copy=True) for tensor in layout.shared
         }
+        self._pool = {(name, tensor.shape): tensor for name, tensor in self.shared.items()}
 
     def apply(self, recipe: Recipe) -> None:
         """Merge a recipe into the resident model, in place.
 
+        Models that `model` returned before follow, unless the recipe has another number or other kinds of layers than
+        the one before: ask for them again then.
+
         Raises:
-            InvalidInput, InfeasibleCandidate: see `MergeEngine.apply`.
+            InvalidInput: see `MergeEngine.apply` and `Configs.data`; nothing was changed.
+            InfeasibleCandidate: see `MergeEngine.apply`; the model is in no defined state until the next recipe.
         """
-        self._engine.apply(recipe, self.shared)
+        targets = self._targets(recipe)
+        heads = {head for head, _ in self._models} | {None}
+        data = {head: self._configs[head or "base"].data(recipe.layers) for head in heads}
+        self._engine.apply(recipe, targets)
+        self.shared, self._layers = targets, recipe.layers
+        for key, built in list(self._models.items()):
+            if built.data != data[built.head]:
+                self._put_away(key, self._models.pop(key))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute anew what the models derive from `shared`, after writing to it."""
         for built in self._models.values():
             self._refresh(built)
 
     def model(self, head: str | None, auto_class: str) -> PreTrainedModel:
-        """Return the merged model with an expert's head, in evaluation mode; the same object on every call.
+        """Return the merged model with an expert's head, in evaluation mode; the same object while its layers stay.
 
         Args:
             head: name of the expert whose head and config it has; None for the base's.
@@ -92,26 +130,51 @@ class ResidentModels:
             InvalidInput: no such expert or class, or the class needs a head that the model does not have.
             InvalidCheckpoint: the head's tensors do not fit the expert's config.
         """
-        if (head, auto_class) not in self._models:
-            self._models[head, auto_class] = self._build(head, auto_class)
-        return self._models[head, auto_class].model
+        key = (head, auto_class)
+        if key not in self._models:
+            data = self._configs[self._checkpoint(head).name].data(self._layers)
+            known = next((built for place, built in self._put_aside if place == key and built.data == data), None)
+            if known is not None:
+                self._put_aside.remove((key, known))
+                self._refresh(known)
+            self._models[key] = known or self._build(head, auto_class, data)
+        return self._models[key].model
 
-    def _build(self, head: str | None, auto_class: str) -> _Built:
+    def _put_away(self, key: tuple[str | None, str], built: _Built) -> None:
+        """Keep a model's modules for the next recipe with such layers, unless they hold weights of their own."""
+        if not built.derived:
+            self._put_aside = [*self._put_aside, (key, built)][-KEPT:]
+
+    def _targets(self, recipe: Recipe) -> dict[str, Tensor]:
+        """The tensors to merge into: the same for the same depth every time, and one for a layer that is repeated."""
+        found = placements(recipe, self.layout, self.checkpoints["base"].config)
+        out = {placement.target.name: self._pooled(placement.target) for placement in found if placement.twin is None}
+        return out | {placement.target.name: out[placement.twin] for placement in found if placement.twin is not None}
+
+    def _pooled(self, tensor: TensorInfo) -> Tensor:
+        key = (tensor.name, torch.Size(tensor.shape))
+        if key not in self._pool:
+            self._pool[key] = torch.empty(tensor.shape, dtype=self.dtype, device=self.device)
+        return self._pool[key]
+
+    def _build(self, head: str | None, auto_class: str, data: Mapping[str, Any]) -> _Built:
         checkpoint = self._checkpoint(head)
-        config = load_config(checkpoint)
+        config = self._configs[checkpoint.name].load(self._layers)
         model_class = _model_class(auto_class, config)
-        tensors = self._tensors(checkpoint)
+        tensors, shared = self._tensors(checkpoint)
         # A probe has a tensor's shape but one element of memory, a NaN. Where a probe turns up in the loaded model,
         # with all of transformers' renaming done, the tensor it stands for belongs; what is NaN besides was computed
         # from probes; all the rest did not come from the checkpoint.
         probes = {name: _probe(tensor) for name, tensor in tensors.items()}
         model, missing = _load(model_class, config, probes, self.dtype, checkpoint)
-        origin = {probe.untyped_storage().data_ptr(): tensors[name] for name, probe in probes.items()}
-        built = _Built(model, head)
+        origin = {probe.untyped_storage().data_ptr(): name for name, probe in probes.items()}
+        built = _Built(model, head, data)
         for name, old in list(_weights(model)):
-            tensor = origin.get(old.untyped_storage().data_ptr())
-            if tensor is not None and tensor.shape == old.shape:
-                _assign(model, name, tensor)
+            raw = origin.get(old.untyped_storage().data_ptr())
+            if raw is not None and tensors[raw].shape == old.shape:
+                _assign(model, name, tensors[raw])
+                if raw in shared:
+                    built.shared[name] = shared[raw]
             elif old.is_floating_point() and bool(old.isnan().all()):
                 built.derived.append(name)
             elif isinstance(old, nn.Parameter):
@@ -122,21 +185,41 @@ class ResidentModels:
         self._refresh(built)
         return built
 
-    def _tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """All tensors of a checkpoint by its own names: the shared ones merged, the others its own."""
-        names = canonical_names(checkpoint)
-        out = {raw: self.shared[name] for name, raw in names.items() if name in self.shared}
-        for raw in head_tensors(checkpoint, self.layout).values():
+    def _tensors(self, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All tensors of a checkpoint by its own names, the shared ones merged, the others its own.
+
+        Returns them and the canonical names of the shared ones.
+        """
+        if checkpoint.name not in self._names:
+            self._names[checkpoint.name] = canonical_names(checkpoint)
+        out, shared = {}, {}
+        for name, origin in arranged(self._names[checkpoint.name], self._layers, self.layout).items():
+            if name in self.shared:
+                out[origin.target] = self.shared[name]
+                shared[origin.target] = name
+            else:
+                out[origin.target] = self._owned(checkpoint, origin.raw)
+        return out, shared
+
+    def _owned(self, checkpoint: Checkpoint, raw: str) -> Tensor:
+        if (checkpoint.name, raw) not in self._own:
             own = checkpoint.tensor(raw)
-            out[raw] = own.to(self.device, self.dtype if own.is_floating_point() else own.dtype, copy=True)
-        return out
+            dtype = self.dtype if own.is_floating_point() else own.dtype
+            self._own[checkpoint.name, raw] = own.to(self.device, dtype, copy=True)
+        return self._own[checkpoint.name, raw]
 
     def _refresh(self, built: _Built) -> None:
+        """Point a model at the resident tensors of its layers, and compute again what is computed from them."""
+        for name, shared in built.shared.items():
+            tensor = self.shared[shared]
+            if built.model.get_parameter_or_buffer(name).data_ptr() != tensor.data_ptr():
+                _assign(built.model, name, tensor)
         if not built.derived:
             return
         checkpoint = self._checkpoint(built.head)
-        tensors = {name: tensor.cpu() for name, tensor in self._tensors(checkpoint).items()}
-        loaded, _ = _load(type(built.model), load_config(checkpoint), tensors, self.dtype, checkpoint)
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors(checkpoint)[0].items()}
+        config = self._configs[checkpoint.name].load(self._layers)
+        loaded, _ = _load(type(built.model), config, tensors, self.dtype, checkpoint)
         source, target = dict(_weights(loaded)), dict(_weights(built.model))
         for name in built.derived:
             target[name].copy_(source[name])
@@ -159,24 +242,6 @@ def _check_missing(model: PreTrainedModel, missing: set[str], auto_class: str, h
             field="head",
             remedy="name the expert whose head the objective uses, or use another evaluator",
         )
-
-
-def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Read a checkpoint's config with transformers, without running any code that it names.
-
-    Raises:
-        InvalidCheckpoint: transformers refuses it.
-    """
-    try:
-        with quiet(logging.CRITICAL):  # what its loading reports say is checked here
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                checkpoint.path, trust_remote_code=False, local_files_only=True
-            )
-    except Exception as error:  # whatever a hostile or broken config makes transformers raise
-        raise InvalidCheckpoint(f"{checkpoint.name}: transformers refuses its config.json: {error}") from error
-    # A config may name an attention kernel that would be downloaded and run; transformers' own choice is used instead.
-    config._attn_implementation = None
-    return config
 
 
 def _model_class(auto_class: str, config: PreTrainedConfig) -> type[PreTrainedModel]:

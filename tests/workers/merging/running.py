@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizer.geometry import TensorInfo
 from workers.checkpoints import Factors
-from workers.merging.operator import Numbers, Operator, Parameter, Whole, make_options
+from workers.merging.operator import MergeMeasured, Numbers, Operator, Parameter, Whole, make_options
 
 
 @dataclass
@@ -25,6 +25,7 @@ class PlainFacts:
         model: all parameters of the model by name; the parameter alone by default.
         low_rank: factors of each input's task vector.
         measurements: by input (-1: the base) and question.
+        inner: what is known of the merge that the inputs are the result of.
     """
 
     info: TensorInfo
@@ -32,6 +33,7 @@ class PlainFacts:
     model: Mapping[str, Whole] = field(default_factory=dict)
     low_rank: Sequence[Factors | None] = ()
     measurements: Mapping[tuple[int, str], Numbers] = field(default_factory=dict)
+    inner: PlainFacts | None = None
 
     def of_tensor(
         self,
@@ -54,16 +56,53 @@ class PlainFacts:
         model = self.model or {self.info.name: self.whole}
         return compute([(make_info(name, whole), _chosen(whole, of)) for name, whole in model.items()])
 
+    def of_tensors(
+        self,
+        question: str,
+        compute: Callable[[TensorInfo, Whole], Numbers],
+        *,
+        of: Sequence[int] | None = None,
+        settings: Any = None,
+    ) -> Iterable[tuple[TensorInfo, Numbers]]:
+        for name, whole in (self.model or {self.info.name: self.whole}).items():
+            info = make_info(name, whole)
+            yield info, compute(info, _chosen(whole, of))
+
     def seed(self, number: int, settings: Mapping[str, Any] | None = None) -> int:
         tensor = self.whole[1][number]
         content = hashlib.sha256(repr((tensor.double().tolist(), self.info.name, settings)).encode())
         return int.from_bytes(content.digest()[:8], "little")
 
+    def behind(self, number: int) -> PlainFacts | None:
+        return self.inner
+
     def factors(self, number: int) -> Factors | None:
         return self.low_rank[number] if self.low_rank else None
 
     def measured(self, number: int, question: str) -> Numbers:
-        return self.measurements[number, question]
+        known = self.measurements.get((number, question))
+        tensor = self.whole[1][number] if number >= 0 else self.whole[0]
+        assert tensor is not None
+        return known if known is not None else made_up(question, tensor)
+
+    def merged_in_turn(self, question: str, merge: MergeMeasured, settings: Mapping[str, Any] | None = None) -> Tensor:
+        models = self.whole[1]
+        return merge(models, tuple(self.measured(number, question) for number in range(len(models))))
+
+
+def made_up(question: str, tensor: Tensor) -> Numbers:
+    """Measurements that depend on nothing but the tensor's content, of the shapes that calibration gives."""
+    exact = tensor.double()
+    if question.startswith("fisher"):
+        information = exact.square() + 0.01
+        return {"fisher": information, "norm": information.square().sum().sqrt()}
+    if exact.dim() not in ((2,) if question == "gram" else (1, 2)):
+        return {}
+    if question == "gram":
+        eye = torch.eye(exact.shape[1], dtype=torch.float64)
+        return {"gram": exact.T @ exact / max(1, len(exact)) + 0.1 * eye, "axis": torch.tensor(1.0)}
+    magnitude = exact.abs().reshape(-1, exact.shape[-1]).sum(dim=0)
+    return {"activation": magnitude, "axis": torch.tensor(float(exact.dim() - 1))}
 
 
 def make_info(name: str, whole: Whole) -> TensorInfo:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from optimizer.errors import InvalidCheckpoint, InvalidInput
+from optimizer.errors import InfeasibleCandidate, InvalidCheckpoint, InvalidInput
+from optimizer.plans import Slice, stack, swap
+from optimizer.recipe import Leaf, Merge, PlannedLayer, Recipe
+from tests.workers.merging import deep_models
 from tests.workers.models import make_recipe, open_models, tiny_bert, tiny_bert_base, tiny_llama, tiny_vit
 from workers.merging.engine import MergeEngine
+from workers.merging.plans import renumbered
 from workers.merging.resident import ResidentModels
 
 CPU = torch.device("cpu")
@@ -153,6 +158,132 @@ def test_weights_that_transformers_fuses_on_loading(tmp_path: Path) -> None:
         merge(models, row)
         plain = aligned(AutoModelForCausalLM.from_pretrained(tmp_path / name))
         torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0)
+
+
+Plan = list[PlannedLayer]
+
+
+class TestLayerPlans:
+    """What they compute is compared with exports in test_plans; here is how the model is re-assembled."""
+
+    @pytest.fixture(params=["llama", "bert", "vit", "gpt2", "mixtral"])
+    def models(self, request: pytest.FixtureRequest, tmp_path: Path) -> ResidentModels:
+        for seed, name in enumerate(("base", "one", "two")):
+            deep_models.save(request.param, tmp_path / name, seed)
+        experts = {name: tmp_path / name for name in ("one", "two")}
+        return residents(tmp_path / "base", experts, heads=("classifier.*", "score.*"))
+
+    @staticmethod
+    def apply(models: ResidentModels, plan: Plan | None, row: tuple[float, float] = (0.6, 0.3)) -> None:
+        recipe = make_recipe(models.checkpoints, "task_arithmetic", list(row))
+        models.apply(recipe.model_copy(update={"layers": plan}))
+
+    @staticmethod
+    def outputs(models: ResidentModels, head: str | None = "one") -> list[Tensor]:
+        model_type = str(models.checkpoints["base"].config["model_type"])
+        return deep_models.outputs(models.model(head, deep_models.auto_class(model_type).__name__))
+
+    plans: tuple[Plan | None, ...] = (
+        None,
+        stack([Slice("one", 0, 3), Slice("two", 1, 4)]),
+        [PlannedLayer(layer=3)],
+        [PlannedLayer(layer=1), PlannedLayer(layer=1), PlannedLayer(layer=0, scale=0.5), PlannedLayer(layer=1)],
+        swap(4, {2: "two"}),
+        [PlannedLayer(layer=2), PlannedLayer(layer=2), PlannedLayer(layer=2), PlannedLayer(layer=2)],
+        None,
+    )
+
+    def test_a_candidate_depends_on_nothing_before_it(self, models: ResidentModels) -> None:
+        for plan in self.plans:
+            engine = MergeEngine(models.checkpoints, models.layout)
+            fresh = ResidentModels(models.checkpoints, models.layout, engine, CPU, models.dtype)
+            self.apply(models, plan)
+            self.apply(fresh, plan)
+            assert models.shared.keys() == fresh.shared.keys()
+            assert all(torch.equal(models.shared[name], fresh.shared[name]) for name in fresh.shared)
+            for head in ("one", "two"):
+                logits, *written = self.outputs(models, head)
+                wanted, *others = self.outputs(fresh, head)
+                assert torch.equal(logits, wanted)
+                for left, right in zip(written, others, strict=True):
+                    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+    def test_ordinary_candidates_find_everything_as_it_was(self, models: ResidentModels) -> None:
+        self.apply(models, None)
+        tensors = {name: tensor.clone() for name, tensor in models.shared.items()}
+        places = {name: tensor.data_ptr() for name, tensor in models.shared.items()}
+        before = self.outputs(models)[0]
+        for plan in self.plans[1:-1]:
+            self.apply(models, plan, (1.0, -0.5))
+            self.outputs(models)
+        self.apply(models, None)
+        assert {name: tensor.data_ptr() for name, tensor in models.shared.items()} == places
+        assert all(torch.equal(models.shared[name], tensor) for name, tensor in tensors.items())
+        assert torch.equal(self.outputs(models)[0], before)
+
+    def test_memory_is_reused_and_repeated_layers_are_there_once(self, models: ResidentModels) -> None:
+        deep = stack([Slice("one", 0, 3), Slice("two", 1, 4)])
+        self.apply(models, deep)
+        places = {name: tensor.data_ptr() for name, tensor in models.shared.items()}
+        self.apply(models, [PlannedLayer(layer=0)])
+        self.apply(models, deep)
+        assert {name: tensor.data_ptr() for name, tensor in models.shared.items()} == places
+        self.apply(models, [PlannedLayer(layer=0), PlannedLayer(layer=2), PlannedLayer(layer=2)])
+        inner = {name: tensor for name, tensor in models.shared.items() if re.match(r"^[^0-9]*\.1\.", name)}
+        assert inner and all(models.shared[renumbered(name, 2)] is tensor for name, tensor in inner.items())
+
+    def test_a_model_is_the_same_object_while_its_layers_stay(self, models: ResidentModels) -> None:
+        name = deep_models.auto_class(str(models.checkpoints["base"].config["model_type"])).__name__
+        self.apply(models, [PlannedLayer(layer=layer) for layer in (0, 1, 1)])
+        first = models.model("one", name)
+        before = self.outputs(models)[0]
+        assert first.config.num_hidden_layers == 3
+        self.apply(models, [PlannedLayer(layer=layer) for layer in (3, 0, 1)])
+        assert models.model("one", name) is first and not torch.equal(self.outputs(models)[0], before)
+        self.apply(models, [PlannedLayer(layer=0), PlannedLayer(layer=1)])
+        again = models.model("one", name)
+        assert again is not first and again.config.num_hidden_layers == 2
+        self.apply(models, [PlannedLayer(layer=layer) for layer in (0, 1, 1)])
+        keeps_weights_of_its_own = models.checkpoints["base"].config["model_type"] == "mixtral"
+        assert (models.model("one", name) is first) is not keeps_weights_of_its_own
+        assert torch.equal(self.outputs(models)[0], before)
+
+    def test_a_plan_that_cannot_be_changes_nothing(self, models: ResidentModels) -> None:
+        self.apply(models, [PlannedLayer(layer=1), PlannedLayer(layer=2)])
+        before, tensors = self.outputs(models)[0], {name: tensor.clone() for name, tensor in models.shared.items()}
+        with pytest.raises(InvalidInput, match="no layer 4"):
+            self.apply(models, [PlannedLayer(layer=4)])
+        assert all(torch.equal(models.shared[name], tensor) for name, tensor in tensors.items())
+        assert torch.equal(self.outputs(models)[0], before)
+
+    def test_an_infeasible_candidate_does_not_reach_the_next(self, models: ResidentModels) -> None:
+        self.apply(models, None)
+        before = self.outputs(models)[0]
+        node = make_recipe(models.checkpoints, "linear", [0.5, -0.5]).root
+        recipe = make_recipe(models.checkpoints, "linear", [0.5, 0.5])
+        assert isinstance(node, Merge)
+        with pytest.raises(InfeasibleCandidate):
+            models.apply(
+                recipe.model_copy(update={"layers": [PlannedLayer(layer=0), PlannedLayer(layer=1, node=node)]})
+            )
+        self.apply(models, None)
+        assert torch.equal(self.outputs(models)[0], before)
+
+
+def test_planned_models_of_several_heads_share_memory(tmp_path: Path) -> None:
+    tiny_bert_base(tmp_path / "base", layers=3)
+    tiny_bert(tmp_path / "one", labels=2, seed=1, layers=3)
+    tiny_bert(tmp_path / "two", labels=4, seed=2, layers=3)
+    models = residents(tmp_path / "base", {"one": tmp_path / "one", "two": tmp_path / "two"})
+    root = Leaf(model="one")
+    plan = [PlannedLayer(layer=2), PlannedLayer(layer=0), PlannedLayer(layer=0), PlannedLayer(layer=1)]
+    models.apply(Recipe(models=make_recipe(models.checkpoints, "linear", [1, 1]).models, root=root, layers=plan))
+    one, two, base = models.model("one", TEXT), models.model("two", TEXT), models.model(None, "AutoModel")
+    assert (one.config.num_labels, two.config.num_labels) == (2, 4)
+    for name, tensor in models.shared.items():
+        places = {model.get_parameter(f"bert.{name}").data_ptr() for model in (one, two)}
+        assert places == {tensor.data_ptr(), base.get_parameter(name).data_ptr()}
+    assert logits(one).shape == (2, 2) and logits(two).shape == (2, 4)
 
 
 class TestNothingIsInitialisedAtRandom:

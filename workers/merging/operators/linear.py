@@ -27,6 +27,7 @@ class LinearOptions(Options):
     options=LinearOptions,
     uses_base=False,
     elementwise=True,
+    linear=True,
 )
 def linear(parameter: Parameter, out: Tensor) -> None:
     """Compute Σ w_i θ_i, divided by Σ w_i with ``normalise``; see `MergeFunction`.

@@ -15,6 +15,7 @@ from workers.merging.operator import Parameter, operator
     summary="Adds the experts' task vectors to the base, each scaled by its coefficient.",
     reference="Ilharco et al., Editing models with task arithmetic, arXiv 2212.04089",
     elementwise=True,
+    linear=True,
     modifier=True,
 )
 def task_arithmetic(parameter: Parameter, out: Tensor) -> None:
