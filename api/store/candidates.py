@@ -137,7 +137,7 @@ class Candidates(Database):
             if job.state in lifecycle.ENDED:
                 raise Conflict(f"the job is {job.state}", remedy="clone it, with the candidate in warm_starts")
             if job.problem is not None:
-                make_space(JobSpec.model_validate(job.spec), Problem.model_validate(job.problem)).encode(candidate)
+                _check_candidate(candidate, JobSpec.model_validate(job.spec), Problem.model_validate(job.problem))
             last = session.scalar(select(func.max(EnqueuedRow.number)).where(EnqueuedRow.job_id == job_id))
             number = (last or 0) + 1
             session.add(
@@ -150,6 +150,15 @@ class Candidates(Database):
             )
             events.append(session, job_id, ("candidate.enqueued", {"queued": number}))
             return number
+
+
+def _check_candidate(candidate: CandidateInput, spec: JobSpec, problem: Problem) -> None:
+    _, recipe = make_space(spec, problem).encode(candidate)
+    if candidate.recipe is not None:
+        # torch is imported only where there is a recipe to check: an API process stays small.
+        from workers.merging.nodes import check_nodes
+
+        check_nodes(recipe, problem.layout)
 
 
 def find_candidate(session: Session, job_id: str, index: int) -> CandidateRow:

@@ -12,7 +12,7 @@ from typing import Any
 
 from optimizer.errors import InvalidInput
 from optimizer.geometry import Layout, TensorInfo
-from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Selector, canonical
+from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Recipe, Selector, canonical
 from workers.merging.cache import key_of
 from workers.merging.operator import OPERATORS, Operator, Options, make_options
 
@@ -116,6 +116,14 @@ def compile_node(node: Leaf | Merge, where: str, digests: Mapping[str, str], lay
         groups=assign(node.groups or [], layout, f"{where}.groups"),
         offsets=offsets,
     )
+
+
+def check_nodes(recipe: Recipe, layout: Layout) -> None:
+    """Raise `InvalidInput` if an operator, an option or a table of a recipe is wrong; reads no checkpoint."""
+    compile_node(recipe.root, "recipe.root", recipe.identities, layout)
+    for depth, planned in enumerate(recipe.layers or []):
+        if planned.node is not None:
+            compile_node(planned.node, f"recipe.layers.{depth}.node", recipe.identities, layout)
 
 
 def assign(groups: Sequence[Selector], layout: Layout, where: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.fitness.aggregate import to_losses
 from optimizer.pareto import front_mask
 from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
+from optimizer.space import make_space
 from optimizer.spec import CandidateInput
 from tests.api.store.helpers import (
     SPACE,
@@ -797,6 +798,11 @@ class TestEnqueued:
         for wrong in (CandidateInput(genome=[0.0]), CandidateInput(genome=[9.0] * 8)):
             with pytest.raises(InvalidInput):
                 store.enqueue(lease.job_id, wrong)
+        recipe = make_space(SPEC, PROBLEM).recipe(np.full(8, 0.5)).to_json()
+        recipe["root"]["options"] = {"no_such": 1}
+        with pytest.raises(InvalidInput) as caught:
+            store.enqueue(lease.job_id, CandidateInput(recipe=recipe))
+        assert caught.value.field == "recipe.root.options.no_such"
         assert store.enqueued(lease) == []
 
 
