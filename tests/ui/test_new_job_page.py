@@ -55,7 +55,7 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     merge.get_by_label("Density: fixed or searched").select_option("range")
     merge.get_by_label("Density: lowest").fill("0.2")
     merge.get_by_label("Density: highest").fill("0.9")
-    merge.get_by_label("own for each group").first.check()
+    merge.get_by_label("Density: own for each group").check()
     merge.get_by_role("button", name="Add modifier").click()
     modifier = item(page, "Modifier 1")
     modifier.get_by_label("Operator").select_option("task_arithmetic")

@@ -97,7 +97,7 @@ function variableWidget(property, context, differs) {
   const input = (name) => h("input", { type: "number", step: "any", "aria-label": `${context.text}: ${name}`, placeholder: name });
   const [low, high] = [input("lowest"), input("highest")];
   const choices = h("input", { type: "text", "aria-label": `${context.text}: choices`, placeholder: "separated by commas", autocomplete: "off" });
-  const own = { per_group: differs.groups && tick("own for each group"), per_expert: differs.experts && tick("own for each expert") };
+  const own = { per_group: differs.groups && tick(context.text, "own for each group"), per_expert: differs.experts && tick(context.text, "own for each expert") };
   const ranged = h("div", null, h("div", { class: "range" }, low, h("span", { class: "muted" }, "to"), high),
     Object.values(own).map((one) => one && one.node));
   const searched = frame({ text: context.text, help: helpOf(schema, boundsText(schema)), target: h("div", null, ranged, choices) });
@@ -155,8 +155,8 @@ function variableWidget(property, context, differs) {
   return widget;
 }
 
-function tick(text) {
-  const box = h("input", { type: "checkbox" });
+function tick(option, text) {
+  const box = h("input", { type: "checkbox", "aria-label": `${option}: ${text}` });
   return { box, node: h("label", { class: "tick" }, box, " ", text) };
 }
 
