@@ -17,9 +17,9 @@ from torch import Tensor
 
 from optimizer.errors import InputsChanged, InvalidCheckpoint
 from optimizer.spec import JobSpec
-from workers.readahead import will_need
 from workers.roots import Roots
 from workers.safetensors_header import BROKEN, TensorEntry, no_doubles, read_header
+from workers.system import will_need
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

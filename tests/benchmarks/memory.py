@@ -32,8 +32,8 @@ from workers.merging.engine import MergeEngine
 
 EXPERTS = (2, 4, 8, 16)
 OPERATORS = ("linear", "task_arithmetic", "ties", "nested")
-SCRATCH = 192 * 2**20
-"""Bytes besides the model that a merge of these sizes may take: blocks, and whole tensors of a few."""
+SCRATCH = 256 * 2**20
+"""Bytes besides the model that a merge of these sizes may take: 50 MB for compiling kernels, blocks, a few tensors."""
 
 _CANDIDATES = 3
 
@@ -149,7 +149,7 @@ def main() -> int:
     """Measure, print a table, and return 1 if a merge takes more than it may."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--hidden", type=int, default=1536, help="size of the models: 8 · layers · hidden² parameters")
+    parser.add_argument("--hidden", type=int, default=1024, help="size of the models: 8 · layers · hidden² parameters")
     parser.add_argument("--layers", type=int, default=6)
     options = parser.parse_args()
     console, table = Console(), Table("operator", "experts", "mapped MB", "model MB", "peak MB", "peak − model MB")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,13 @@ from workers.checkpoints import Factors
 from workers.merging.cache import key_of
 from workers.merging.nodes import Node, identity, lasting
 from workers.merging.operator import MergeMeasured, Numbers, Whole
+from workers.system import give_back
 
 if TYPE_CHECKING:
     from workers.merging.engine import Measurements, MergeEngine
+
+LARGE = 1 << 16
+"""Elements of a parameter from which on memory that was needed for an answer about it is given back at once."""
 
 Settings = Mapping[str, Scalar | Sequence[float]]
 
@@ -174,8 +179,14 @@ class NodeFacts:
         )
         # An answer may differ in its last bits between a CPU and a GPU, and with the type of the arithmetic.
         whole = key_of([*key, str(self._work.dtype), self._work.device.type, *([] if keep else [self._engine.token])])
-        found = self._engine.cache.get(whole, compute, keep)
+        found = self._engine.cache.get(whole, partial(self._tidily, compute), keep)
         return {name: self._placed((whole, name), tensor) for name, tensor in found.items()}
+
+    def _tidily(self, compute: Callable[[], Numbers]) -> Numbers:
+        found = compute()
+        if prod(self._tensor.shape) >= LARGE and self._work.device.type == "cpu":
+            give_back()
+        return found
 
     def _placed(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         device = self._work.device

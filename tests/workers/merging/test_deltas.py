@@ -20,8 +20,11 @@ from torch import Tensor
 
 from optimizer.errors import InfeasibleCandidate, InvalidInput
 from optimizer.geometry import make_layout
+from optimizer.recipe import Leaf, Merge, Recipe, Selector
 from tests.workers.merging.running import PlainFacts, make_info, merge
+from tests.workers.models import make_recipe, open_models, tiny_bert, tiny_bert_base
 from workers.merging.deltas import by_rank
+from workers.merging.engine import MergeEngine
 from workers.merging.kernels.portable import keep_mask, probabilities
 from workers.merging.kernels.terms import RankedChance
 from workers.merging.operator import OPERATORS, Numbers, Parameter, Whole, make_options
@@ -352,6 +355,30 @@ class TestPrune:
         torch.testing.assert_close(
             found, run("ties", [base, *experts], [0.5, 0.4], density=0.3), rtol=1e-10, atol=1e-12
         )
+
+
+def test_the_engine_knows_what_a_modifier_modifies(tmp_path: Path) -> None:
+    """The facts behind an input are those of the merge that it is the result of."""
+    tiny_bert_base(tmp_path / "base")
+    for seed, name in enumerate(("one", "two")):
+        tiny_bert(tmp_path / name, labels=2, seed=seed + 1)
+    checkpoints, layout = open_models(tmp_path / "base", {name: tmp_path / name for name in ("one", "two")})
+    engine, plain = MergeEngine(checkpoints, layout), make_recipe(checkpoints, "ties", [0.5, 0.7], scope="model")
+    modified = Merge(
+        operator="lines",
+        options={"auto_alpha": True, "beta": 0.0},
+        base=Leaf(model="base"),
+        inputs=[plain.root],
+        groups=[Selector()],
+        coefficients=[[1.0]],
+    )
+    recipe = Recipe(models=plain.models, root=modified)
+    found, merged, base, one, two = (
+        torch.cat([engine.merged(which, tensor, torch.float64).view(-1) for tensor in layout.shared])
+        for which in (recipe, plain, *(Recipe(models=plain.models, root=Leaf(model=name)) for name in checkpoints))
+    )
+    alpha = (one + two - 2 * base).abs().sum() / (merged - base).abs().sum() / 2
+    torch.testing.assert_close(found, base + alpha * (merged - base), rtol=1e-9, atol=1e-9)
 
 
 class TestLines:

@@ -628,7 +628,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("operator", ["linear", "task_arithmetic"])
+@pytest.mark.parametrize("operator", ["linear", "task_arithmetic", "ties", "nested"])
 def test_what_a_merge_holds_of_its_own_does_not_grow_with_the_experts(pool: Path, operator: str) -> None:
     """See tests/benchmarks/memory.py for the figures."""
     few, many = (memory.measure(pool, operator, count) for count in (2, 8))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.merging.kernels.lowlevel import work_type
+from workers.merging.kernels.portable import seed_words
 from workers.merging.kernels.sparse_kernel import Rule, make_sparse_kernel
 from workers.merging.kernels.sum_kernel import make_sum_kernel
 from workers.merging.kernels.terms import Chance, Combine, Limits, RankedChance, Term, Vote
@@ -46,12 +47,16 @@ def merge_sparse(
     addresses = _addresses(tensors[1:])
     factors = np.array([term.weight * term.factor for term in terms], dtype=work)
     weights = np.abs(np.array([term.weight for term in terms], dtype=work))
-    selection = _selection(terms, work)
+    first, size = 0, out.numel()
+    while first < size:  # a tensor of more than 2**32 elements has several parts with seeds of their own
+        stop = min(size, (((begin + first) >> 32) + 1 << 32) - begin)
+        selection = _selection(terms, (begin + first) >> 32, work)
 
-    def run(start: int, end: int) -> None:
-        kernel(target, base, addresses, factors, weights, *selection, factor, begin, start, end)
+        def run(start: int, end: int, first: int = first, selection: tuple[NDArray[Any], ...] = selection) -> None:
+            kernel(target, base, addresses, factors, weights, *selection, factor, begin, first + start, first + end)
 
-    spread(out.numel(), run)
+        spread(stop - first, run)
+        first = stop
 
 
 def _rule(select: Limits | Chance | RankedChance) -> Rule:
@@ -60,10 +65,10 @@ def _rule(select: Limits | Chance | RankedChance) -> Rule:
     return "limits" if isinstance(select, Limits) else "chance"
 
 
-def _selection(terms: Sequence[Term], work: type[Any]) -> tuple[NDArray[Any], ...]:
-    """Limits (low, high), seeds, highest lots, chances (lowest, step) and addresses of the ranks."""
+def _selection(terms: Sequence[Term], upper: int, work: type[Any]) -> tuple[NDArray[Any], ...]:
+    """Limits (low, high), seeds (two words), highest lots, chances (lowest, step) and addresses of the ranks."""
     count = len(terms)
-    limits, seeds = np.zeros((count, 2), dtype=work), np.zeros(count, dtype=np.uint64)
+    limits, seeds = np.zeros((count, 2), dtype=work), np.zeros((count, 2), dtype=np.uint32)
     tops, chances = np.zeros(count, dtype=np.uint32), np.zeros((count, 2), dtype=np.float32)
     ranks = np.zeros(count, dtype=np.uint64)
     for number, term in enumerate(terms):
@@ -71,7 +76,7 @@ def _selection(terms: Sequence[Term], work: type[Any]) -> tuple[NDArray[Any], ..
         if isinstance(select, Limits):
             limits[number] = select.low, select.high
             continue
-        seeds[number] = select.seed
+        seeds[number] = seed_words(select.seed, upper)
         if isinstance(select, Chance):
             tops[number] = select.top
         else:

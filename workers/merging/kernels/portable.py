@@ -79,17 +79,17 @@ def lots(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     out, end = [], first + count
     while first < end:
         upper, stop = first >> 32, min(end, ((first >> 32) + 1) << 32)
-        low, high = _words(seed, upper)
-        x = (torch.arange(first, stop, device=device) + low) & _BITS
+        low, high = seed_words(seed, upper)
+        number = torch.arange(first, stop, device=device) & _BITS
+        x = (number * 0x9E3779B1 + low) & _BITS
         x = (x ^ (x >> 16)) * 0x7FEB352D & _BITS
-        x = ((x ^ (x >> 15)) + high & _BITS) * 0x846CA68B & _BITS
-        out.append(x ^ (x >> 16))
+        out.append(((x ^ (x >> 15)) + high & _BITS) * 0x846CA68B & _BITS)
         first = stop
     return torch.cat(out) if out else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _words(seed: int, upper: int) -> tuple[int, int]:
-    """The two halves of 64 bits that any change of the seed, or of the upper half of an element's number, changes."""
+def seed_words(seed: int, upper: int) -> tuple[int, int]:
+    """Return the two halves of 64 bits that any change of the seed, or of the upper half of an element's number, changes."""
     z = (seed + (upper + 1) * 0x9E3779B97F4A7C15) & _LONG
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _LONG
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _LONG

@@ -27,6 +27,7 @@ from workers.merging.kernels.terms import Combine, Vote
 Rule = Literal["limits", "chance", "ranked", "inverse"]
 """How entries are selected; `inverse` as `ranked`, with the entries divided by their probability."""
 
+WEYL = np.uint32(0x9E3779B1)
 STRIDE = BLOCK + 16  # between the sums in their array; multiples of a power of 2 compete for the same cache lines
 _BASE, _PLUS, _MINUS, _FOR_PLUS, _FOR_MINUS, _VOTES = (STRIDE * row for row in range(6))
 
@@ -38,13 +39,13 @@ def make_sparse_kernel(
     """Return ``kernel(out, base, models, factors, weights, …, scale, origin, first, end)``.
 
     Models are addresses; ``origin`` is the number in the parameter of the first element there, and the elements from
-    ``first`` up to ``end`` are written.
+    ``first`` up to ``end`` are written. The upper halves of all their numbers are the same, and part of the seeds.
     """
     work, stored = work_type(source, target), STORED[target]
     read, load, store, write = reader(source), loader(source, work), storer(target), writer(target)
     add_one, add_two, add_three = _adders(source, work, rule, vote, combine)
     merged = _merged(work, vote, combine)
-    zero, full = work(0), np.int64(1 << 32)
+    zero = work(0)
 
     def kernel(
         out: Any, base: Any, models: Any, factors: Any, weights: Any, limits: Any, seeds: Any, tops: Any, chances: Any,
@@ -53,11 +54,9 @@ def make_sparse_kernel(
         sums = aligned(np.empty(6 * STRIDE + 16, work))
         ready = aligned(np.empty(BLOCK + 64, stored))
         numbers = models, factors, weights, limits, seeds, tops, chances, ranks
-        begin = first
-        while begin < end:
-            number = origin + begin
-            count = min(BLOCK, end - begin, full - number % full)  # all numbers of a block have the same upper half
-            place = begin, count, np.uint32(number % full), np.uint64(number // full)
+        for begin in range(first, end, BLOCK):
+            count = min(BLOCK, end - begin)
+            place = begin, count, np.uint32(origin + begin)
             start = read(base, begin, count)
             for i in range(count):
                 sums[i] = load(start[i])
@@ -69,12 +68,12 @@ def make_sparse_kernel(
                 k += 2
             if k + 3 <= models.size:
                 add_three(sums, numbers, k, place)
-            elif k < models.size:
+                k += 3
+            if k < models.size:  # no elif: what LLVM makes of that one is several times slower
                 add_one(sums, numbers, k, place)
             for i in range(count):
                 ready[i] = store(sums[i] + scale * merged(sums, i))
             write(out, begin, ready, count)
-            begin += count
         drain()
 
     return compiled(kernel)
@@ -89,14 +88,14 @@ def _adders(
     def add_one(sums: Any, numbers: Any, k: Any, place: Any) -> None:
         a, rank_a, rule_a, weight_a = model(numbers, k, place)
         for i in range(place[1]):
-            at = place[2] + np.uint32(i)
+            at = np.uint32(i) * WEYL
             add(sums, i, (kept(load(a[i]) - sums[i], rule_a, at, rank_a[i]),), (weight_a,))
 
     def add_two(sums: Any, numbers: Any, k: Any, place: Any) -> None:
         a, rank_a, rule_a, weight_a = model(numbers, k, place)
         b, rank_b, rule_b, weight_b = model(numbers, k + 1, place)
         for i in range(place[1]):
-            at = place[2] + np.uint32(i)
+            at = np.uint32(i) * WEYL
             first = kept(load(a[i]) - sums[i], rule_a, at, rank_a[i])
             second = kept(load(b[i]) - sums[i], rule_b, at, rank_b[i])
             add(sums, i, (first, second), (weight_a, weight_b))
@@ -106,7 +105,7 @@ def _adders(
         b, rank_b, rule_b, weight_b = model(numbers, k + 1, place)
         c, rank_c, rule_c, weight_c = model(numbers, k + 2, place)
         for i in range(place[1]):
-            at = place[2] + np.uint32(i)
+            at = np.uint32(i) * WEYL
             first = kept(load(a[i]) - sums[i], rule_a, at, rank_a[i])
             second = kept(load(b[i]) - sums[i], rule_b, at, rank_b[i])
             third = kept(load(c[i]) - sums[i], rule_c, at, rank_c[i])
@@ -118,36 +117,25 @@ def _adders(
 def _model(source: torch.dtype, rule: Rule) -> Callable[..., Any]:
     """A function that returns the k-th model's block, ranks there, numbers of its rule, and weight."""
     read, read_ranks, ranked = reader(source), reader(torch.float16), rule in ("ranked", "inverse")
-    words = compiled_inline(_words)
 
     def model(numbers: Any, k: Any, place: Any) -> Any:
         models, factors, weights, limits, seeds, tops, chances, ranks = numbers
-        begin, count, _, upper = place
+        begin, count, number = place
         block = read(models[k], begin, count)
         rank = read_ranks(ranks[k], begin, count) if ranked else block
-        low, high = words(seeds[k], upper)
-        own = factors[k], limits[k, 0], limits[k, 1], low, high, tops[k], chances[k, 0], chances[k, 1]
+        low = np.uint32(number * WEYL + seeds[k, 0])
+        own = factors[k], limits[k, 0], limits[k, 1], low, seeds[k, 1], tops[k], chances[k, 0], chances[k, 1]
         return block, rank, own, weights[k]
 
     return compiled_inline(model)
 
 
-def _words(seed: Any, upper: Any) -> Any:
-    """See `workers.merging.kernels.portable.lots`."""
-    z = seed + (upper + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return np.uint32(z & np.uint64(0xFFFFFFFF)), np.uint32(z >> np.uint64(32))
-
-
-def _lot(number: Any, low: Any, high: Any) -> Any:
-    """See `workers.merging.kernels.portable.lots`."""
-    x = np.uint32(number + low)
+def _lot(at: Any, low: Any, high: Any) -> Any:
+    """See `workers.merging.kernels.portable.lots`; ``at`` and ``low`` are the element's and the block's share."""
+    x = np.uint32(at + low)
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
     x = np.uint32((x ^ (x >> np.uint32(15))) + high)
-    x = np.uint32(x * np.uint32(0x846CA68B))
-    return np.uint32(x ^ (x >> np.uint32(16)))
+    return np.uint32(x * np.uint32(0x846CA68B))
 
 
 def _kept(work: type[Any], rule: Rule) -> Callable[..., Any]:
