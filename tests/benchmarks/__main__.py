@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("store",)
+BENCHMARKS = ("store", "engine", "ranges", "memory", "peer")
 
 
 def main() -> int:

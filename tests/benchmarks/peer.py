@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -177,7 +178,7 @@ def main() -> int:
         sys.stdout.write(json.dumps(ours(options.folder, options.run, options.out)) + "\n")
         return 0
     console = Console()
-    if not options.mergekit:
+    if not options.mergekit or shutil.which(options.mergekit) is None:
         console.print("skipped: give the Python of an environment with mergekit 0.1.5 by --mergekit or MERGEKIT_PYTHON")
         return 0
     with tempfile.TemporaryDirectory() as temporary:

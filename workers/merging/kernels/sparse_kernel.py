@@ -63,13 +63,13 @@ def make_sparse_kernel(
                 for row in range(1, 6):
                     sums[i + row * STRIDE] = zero
             k = 0
-            while k + 2 <= models.size and k + 3 != models.size:
-                add_two(sums, numbers, k, place)
-                k += 2
-            if k + 3 <= models.size:
+            while k + 3 <= models.size and k + 4 != models.size:
                 add_three(sums, numbers, k, place)
                 k += 3
-            if k < models.size:  # no elif: what LLVM makes of that one is several times slower
+            while k + 2 <= models.size:
+                add_two(sums, numbers, k, place)
+                k += 2
+            if k < models.size:
                 add_one(sums, numbers, k, place)
             for i in range(count):
                 ready[i] = store(sums[i] + scale * merged(sums, i))
