@@ -14,6 +14,8 @@ from optimizer.errors import NotFound
 
 PING_S = 15
 RETRY_MS = 1000
+FAREWELL_S = 5.0
+"""Time for a stream to end by itself when the server stops, in seconds; less than the server's own grace."""
 
 
 async def follow(
@@ -45,4 +47,7 @@ def stream(
     store: JobStore, job_id: str | None, after: int, poll_s: float, stopping: asyncio.Event
 ) -> EventSourceResponse:
     """Return the response that streams `follow`, with a ping every `PING_S` seconds."""
-    return EventSourceResponse(follow(store, job_id, after, poll_s, stopping), ping=PING_S, sep="\n")
+    # Without the grace period, sse-starlette cuts streams off when it sees the signal before `stopping` is set.
+    return EventSourceResponse(
+        follow(store, job_id, after, poll_s, stopping), ping=PING_S, sep="\n", shutdown_grace_period=FAREWELL_S
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 import httpx
 import pytest
 from httpx_sse import EventSource, ServerSentEvent
+from sse_starlette.sse import AppStatus
+from starlette.types import Message
 
 from api import events as events_module
 from api.settings import Settings
@@ -197,3 +200,26 @@ def test_nothing_goes_on_after_the_client_has_left(settings: Settings, sqlite_ur
                 break
         assert store.calls == before
     store.close()
+
+
+def test_a_stream_is_not_cut_off_when_the_signal_is_seen_before_the_server_stops(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sse-starlette notices SIGTERM by itself, now and then before the server says that it stops."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def serve() -> None:
+        stopping = asyncio.Event()
+        scope = {"type": "http", "method": "GET"}
+        response = events_module.stream(store, None, 0, 0.01, stopping)
+        running = asyncio.create_task(response(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        stopping.set()
+        await running
+
+    monkeypatch.setattr(AppStatus, "should_exit", True)
+    asyncio.run(serve())
+    assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
