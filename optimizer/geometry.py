@@ -16,6 +16,9 @@ ModuleKind = Literal["attention", "mlp", "embeddings", "norm", "head", "other"]
 Position = int | Literal["input", "output"]
 """Depth of a parameter: its layer's number from 0, or before the first or after the last layer."""
 
+Cuts = Literal["layers", "tensors", "parameters"]
+"""Where ranges of the flat vector of all shared parameters may end: between layers, between tensors, or anywhere."""
+
 Role = Literal["shared", "head"]
 """`shared` parameters are merged; a `head` stays the expert's own."""
 

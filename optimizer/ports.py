@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.problem import Problem
 from optimizer.space import Genome
@@ -62,6 +65,9 @@ class Candidate:
         fingerprint: of the recipe.
         parents: indices of the candidates it descends from.
         duplicate_of: index of the earlier candidate with the same fingerprint, whose outcome it shares, or None.
+        phase: number of the job's phase that it belongs to, from 0.
+        items: how many items of each objective it is measured on; None for all.
+        slopes: whether `Evaluation.slopes` are wanted.
     """
 
     index: int
@@ -74,6 +80,9 @@ class Candidate:
     fingerprint: str
     parents: tuple[int, ...] = ()
     duplicate_of: int | None = None
+    phase: int = 0
+    items: int | None = None
+    slopes: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class Evaluation:
         failure: why there are no values, or None.
         seconds: what the evaluation took, by part, e.g. ``{"merge": 0.05, "evaluate": 0.7}``.
         worker: who did it.
+        slopes: see `optimizer.algorithms.Outcome`; None where they were not asked for, or could not be had.
     """
 
     index: int
@@ -105,6 +115,7 @@ class Evaluation:
     failure: Failure | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     worker: str = ""
+    slopes: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class JobLog:
     Attributes:
         problem: None until the inputs have been looked at.
         candidates: in order of their index, without gaps.
-        evaluations: by candidate index; a duplicate has none of its own.
+        evaluations: by candidate index, in the order in which they were recorded; a duplicate has none of its own.
         elapsed_s: running time so far.
     """
 
@@ -178,10 +189,12 @@ class RunStore(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to evaluate."""
+    """A candidate to evaluate; ``items`` and ``slopes`` as in `Candidate`."""
 
     index: int
     recipe: Mapping[str, Any]
+    items: int | None = None
+    slopes: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,7 @@ class Result:
     failure: Failure | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     worker: str = ""
+    slopes: NDArray[np.float64] | None = None
 
 
 class EvaluationPool(Protocol):

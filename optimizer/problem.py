@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from optimizer.geometry import Layout
 from optimizer.recipe import CalibrationId, ModelId
-from optimizer.spec import Direction, Strict
+from optimizer.spec import AlgorithmSpec, Direction, Strict
 
 Columns = Literal["per_expert", "interpolation", "scale"]
 Needs = Literal["weights", "factors", "items", "gradients"]
@@ -82,6 +86,9 @@ class ResolvedObjective(Strict):
     at_most: float | None = None
     items: int = Field(ge=1, description="Number of items it is measured on.")
     data_digest: str = Field(description="SHA-256 over the items.")
+    differentiable: bool = Field(
+        default=False, description="Whether workers can derive its likelihoods with respect to the weights."
+    )
 
 
 class Finding(Strict):
@@ -91,6 +98,41 @@ class Finding(Strict):
     model: str = Field(description="Name of the model in the job.")
     message: str
     tensors: list[str] = Field(default_factory=list, description="Names of the tensors concerned (the first 20).")
+
+
+class Grams(Strict):
+    """Inner products of the models' weights over consecutive ranges of the flat vector of all shared parameters.
+
+    The flat vector is that of `Layout.flat`. Sums over ranges give the angle between any two linear combinations of the
+    models without reading a weight.
+    """
+
+    edges: list[int] = Field(min_length=2, description="Where ranges begin and end: 0, …, number of parameters.")
+    packed: str = Field(
+        description="Base64 of little-endian float64, shape (ranges, models, models): ⟨θ_a, θ_b⟩, the base first."
+    )
+
+    @classmethod
+    def pack(cls, edges: list[int], products: NDArray[np.float64]) -> Grams:
+        """Make it from ``products``, shape (ranges, models, models)."""
+        return cls(edges=edges, packed=base64.b64encode(products.astype("<f8").tobytes()).decode())
+
+    @cached_property
+    def products(self) -> NDArray[np.float64]:
+        """The inner products, shape (ranges, models, models)."""
+        flat = np.frombuffer(base64.b64decode(self.packed), dtype="<f8").astype(np.float64)
+        models = round((flat.size / (len(self.edges) - 1)) ** 0.5)
+        return flat.reshape(-1, models, models)
+
+
+class PlannedPhase(Strict):
+    """A phase of a job with everything settled: who proposes, on how many evaluations, among how many experts."""
+
+    algorithm: AlgorithmSpec
+    evaluations: int = Field(ge=1, description="Evaluations it may spend; the last phase also what others left over.")
+    patience: int | None = Field(default=None, ge=1)
+    keep_experts: int | None = Field(default=None, ge=1)
+    why: str = Field(default="", description="Where mergeopt chose it: why, for the user.")
 
 
 class Problem(Strict):
@@ -104,3 +146,5 @@ class Problem(Strict):
         default_factory=dict, description="By model, the data that operators measure it on."
     )
     findings: list[Finding] = Field(default_factory=list)
+    phases: list[PlannedPhase] = Field(default_factory=list, description="The phases; the spec's algorithm if empty.")
+    grams: Grams | None = Field(default=None, description="Where an algorithm needs them.")

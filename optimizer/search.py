@@ -22,7 +22,7 @@ from optimizer.pareto import update_front
 from optimizer.ports import Candidate, Evaluation
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
-from optimizer.space import Genome, MergeSpace, make_space
+from optimizer.space import Genome, JobSpace, make_space
 from optimizer.spec import CandidateInput, JobSpec
 
 ItemsOf = Callable[[int], Mapping[str, ItemScores]]
@@ -66,7 +66,7 @@ class Search:
         self._items = items
         self.spec = spec
         self.problem = problem
-        self.space: MergeSpace = make_space(spec, problem)
+        self.space: JobSpace = make_space(spec, problem)
         self.algorithm: Algorithm = self._make_algorithm()
         self.candidates: list[Candidate] = []
         self.evaluations: dict[int, Evaluation] = {}

@@ -7,19 +7,31 @@ the bounds works on any space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from optimizer.errors import InvalidInput
+from optimizer.errors import InvalidInput, from_validation
 from optimizer.geometry import MODULE_KINDS, Layout, ModuleKind, Position
 from optimizer.problem import Problem
 from optimizer.recipe import UNKNOWN_DIGEST, Leaf, Merge, Recipe, Selector
-from optimizer.spec import CandidateInput, ChoiceVariable, Granularity, JobSpec, Modifier, RangeVariable, Scalar
+from optimizer.registry import Registry
+from optimizer.spec import (
+    CandidateInput,
+    ChoiceVariable,
+    Granularity,
+    JobSpec,
+    Modifier,
+    RangeVariable,
+    Scalar,
+    Strict,
+)
 
 Genome = NDArray[np.float64]
 _SINGLE = {"interpolation": "t", "scale": "scale"}
@@ -92,6 +104,108 @@ class WarmStart:
 
 
 @dataclass(frozen=True)
+class JobSpace(SearchSpace, ABC):
+    """A space of a job: its genomes stand for recipes. One of no fixed length has no variables, and clips by itself.
+
+    Attributes:
+        problem: the job's inputs.
+    """
+
+    problem: Problem
+
+    @abstractmethod
+    def recipe(self, genome: Genome) -> Recipe:
+        """Decode a genome to the recipe it stands for; raises `InvalidInput` for one of the wrong length."""
+
+    @abstractmethod
+    def adopt(self, recipe: Recipe) -> Genome | None:
+        """Return a genome whose recipe gives the same weights as ``recipe``; None where the space has none.
+
+        It may lie outside the bounds. Only forms that searches write need be recognised.
+        """
+
+    @abstractmethod
+    def uniform(self) -> Genome:
+        """Return the uniform merge, or the nearest there is, inside the bounds: where searches start."""
+
+    def point(self, coefficients: dict[str, float | list[float]]) -> Genome:
+        """Return the genome with these coefficients; raises `InvalidInput` where the space has none."""
+        del coefficients
+        raise InvalidInput(
+            "this search space has no coefficients",
+            field="coefficients",
+            remedy="give a genome or a recipe",
+        )
+
+    def encode(self, candidate: CandidateInput) -> tuple[Genome | None, Recipe]:
+        """Return the genome (None for a foreign recipe) and the recipe of a candidate that a user gave.
+
+        Raises:
+            InvalidInput: wrong length, outside the bounds, an unknown expert, or a recipe of other models.
+        """
+        if candidate.recipe is not None:
+            return None, self._foreign(candidate.recipe)
+        if candidate.genome is not None:
+            genome = np.array(candidate.genome)
+        else:
+            genome = self.point(candidate.coefficients or {})
+        if genome.shape == (self.dim,):
+            self._check_bounds(genome)
+        return genome, self.recipe(genome)
+
+    def warm_starts(self, spec: JobSpec) -> list[WarmStart]:
+        """Return what is evaluated first, as ``spec.warm_starts`` asks: models alone, and the uniform merge.
+
+        They have a genome where the space can express them.
+        """
+        wanted = spec.warm_starts
+        names = [name for name in self.problem.models if (wanted.base if name == "base" else wanted.experts)]
+        if not self.problem.operator.uses_base:
+            names = [name for name in names if name != "base"]
+        out = [self._alone(name) for name in names]
+        if wanted.uniform:
+            genome = self.uniform()
+            out.append(WarmStart("uniform", genome, self.recipe(genome)))
+        return out
+
+    def _alone(self, name: str) -> WarmStart:
+        """A model as it is."""
+        recipe = Recipe(models=self.problem.models, root=Leaf(model=name))
+        genome = self.adopt(recipe)
+        return WarmStart(name, genome, recipe if genome is None else self.recipe(genome))
+
+    def _foreign(self, data: dict[str, Any]) -> Recipe:
+        recipe = Recipe.parse(data)
+        for name, model in recipe.models.items():
+            known = self.problem.models.get(name)
+            same = known is not None and known.vocabulary == model.vocabulary
+            if known is None or not same or known.digest not in (model.digest, UNKNOWN_DIGEST):
+                raise InvalidInput(
+                    f"model {name!r} is not the job's",
+                    field=f"recipe.models.{name}",
+                    remedy="use the job's own models",
+                )
+        if recipe.calibration is None and self.problem.calibration:
+            recipe = recipe.model_copy(update={"calibration": self.problem.calibration})
+        return recipe
+
+    def _check_bounds(self, genome: Genome) -> None:
+        outside = np.flatnonzero((genome < self.low) | (genome > self.high) | ~np.isfinite(genome))
+        if outside.size:
+            variable = self.variables[outside[0]]
+            raise InvalidInput(
+                f"{variable.name} = {genome[outside[0]]:g} is outside [{variable.low:g}, {variable.high:g}]",
+                field="genome",
+                remedy="stay inside the job's bounds",
+            )
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Labels of the groups and of the columns of the table that the UI shows; empty where there is none."""
+        return (), ()
+
+
+@dataclass(frozen=True)
 class Varied:
     """An option that the search varies: a table of variables, row by row.
 
@@ -109,11 +223,10 @@ class Varied:
 
 
 @dataclass(frozen=True)
-class MergeSpace(SearchSpace):
-    """The space of a job: coefficients (group by group, expert by expert), then the variable options.
+class MergeSpace(JobSpace):
+    """Coefficients (group by group, expert by expert), then the variable options.
 
     Attributes:
-        problem: the job's inputs.
         groups: the coefficient groups.
         columns: names of the coefficients in a group: the experts, ``("t",)`` or ``("scale",)``.
         varied: the variable options, in the order of their variables.
@@ -121,7 +234,6 @@ class MergeSpace(SearchSpace):
         modifiers: what changes the experts or the result, with its fixed options.
     """
 
-    problem: Problem
     groups: tuple[Selector, ...] = ()
     columns: tuple[str, ...] = ()
     varied: tuple[Varied, ...] = ()
@@ -151,14 +263,12 @@ class MergeSpace(SearchSpace):
         return self._recipe(coefficients, read)
 
     def _recipe(self, coefficients: list[list[float]], read: Mapping[Varied, list[Scalar]]) -> Recipe:
-        experts = [name for name in self.problem.models if name != "base"]
-        inputs = experts if self.columns != ("t",) else _endpoints(experts)
         options, tables = self._options(read)
         node: Leaf | Merge = Merge(
             operator=self.problem.operator.name,
             options=options,
             base=Leaf(model="base"),
-            inputs=[self._modified(Leaf(model=name), "experts", read) for name in inputs],
+            inputs=[self._modified(Leaf(model=name), "experts", read) for name in self._inputs()],
             groups=list(self.groups),
             coefficients=coefficients,
             tables=tables or None,
@@ -198,22 +308,6 @@ class MergeSpace(SearchSpace):
                     coefficients=[[1.0]],
                 )
         return node
-
-    def encode(self, candidate: CandidateInput) -> tuple[Genome | None, Recipe]:
-        """Return the genome (None for a foreign recipe) and the recipe of a candidate that a user gave.
-
-        Raises:
-            InvalidInput: wrong length, outside the bounds, an unknown expert, or a recipe of other models.
-        """
-        if candidate.recipe is not None:
-            return None, self._foreign(candidate.recipe)
-        if candidate.genome is not None:
-            genome = np.array(candidate.genome)
-        else:
-            genome = self.point(candidate.coefficients or {})
-        if genome.shape == (self.dim,):
-            self._check_bounds(genome)
-        return genome, self.recipe(genome)
 
     def point(self, coefficients: dict[str, float | list[float]]) -> Genome:
         """Return the genome with these coefficients (a number, or one for each group); the rest 0, options at mid-range.
@@ -261,6 +355,66 @@ class MergeSpace(SearchSpace):
         """Return the uniform merge, moved inside the bounds: where searches start."""
         return self.clip(self.point(self._middle()))
 
+    def adopt(self, recipe: Recipe) -> Genome | None:
+        """See `JobSpace.adopt`: models alone, and merges by the same operator over the same groups."""
+        node = recipe.root
+        if recipe.layers is not None or self.modifiers:
+            return None
+        if isinstance(node, Leaf):
+            values = self._points().get(node.model) if node.layer is None else None
+            return None if values is None else self.point(values)
+        return self._adopt_merge(node)
+
+    def _adopt_merge(self, node: Merge) -> Genome | None:
+        names = [child.model for child in node.inputs if isinstance(child, Leaf) and child.layer is None]
+        same = node.operator == self.problem.operator.name and node.base == Leaf(model="base")
+        if not same or node.groups != list(self.groups) or len(names) != len(node.inputs):
+            return None
+        columns = list(self.columns)
+        if len(self.columns) == len(node.coefficients[0]) == 1:
+            if names != self._inputs():
+                return None
+        elif set(names) <= set(columns):
+            columns = names
+        else:
+            return None
+        point = dict(zip(columns, np.array(node.coefficients).T.tolist(), strict=True))
+        genome = self.point(point)
+        options = self._numbers(node)
+        if options is None:
+            return None
+        genome[len(self.groups) * len(self.columns) :] = options
+        found = self.recipe(genome).root
+        kept = isinstance(found, Merge) and (found.options, found.tables) == (node.options, node.tables)
+        return genome if kept else None
+
+    def _numbers(self, node: Merge) -> list[float] | None:
+        """What stands in the genome for the options of ``node``; None if it lacks one."""
+        numbers: list[float] = []
+        begin = len(self.groups) * len(self.columns)
+        for varied in self.varied:
+            if (varied.rows, varied.cols) == (1, 1):
+                values: list[Any] = [node.options.get(varied.name)]
+            else:
+                values = [value for row in (node.tables or {}).get(varied.name, [])[: varied.rows] for value in row]
+            if len(values) != varied.rows * varied.cols:
+                return None
+            for value in values:
+                variable = self.variables[begin + len(numbers)]
+                if value is None or (variable.kind == "choice" and value not in variable.choices):
+                    return None
+                numbers.append(variable.choices.index(value) + 0.5 if variable.kind == "choice" else float(value))
+        return numbers
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """See `JobSpace.axes`."""
+        return tuple(group.label for group in self.groups), self.columns
+
+    def _inputs(self) -> list[str]:
+        experts = [name for name in self.problem.models if name != "base"]
+        return _endpoints(experts) if self.columns == ("t",) else experts
+
     def _start(self, label: str, genome: Genome) -> WarmStart:
         return WarmStart(label, genome, self.recipe(genome))
 
@@ -281,38 +435,61 @@ class MergeSpace(SearchSpace):
             return {"t": 0.5} if self.columns == ("t",) else {"scale": 1.0}
         return dict.fromkeys(self.columns, 1.0 / len(self.columns))
 
-    def _foreign(self, data: dict[str, Any]) -> Recipe:
-        recipe = Recipe.parse(data)
-        for name, model in recipe.models.items():
-            known = self.problem.models.get(name)
-            same = known is not None and known.vocabulary == model.vocabulary
-            if known is None or not same or known.digest not in (model.digest, UNKNOWN_DIGEST):
-                raise InvalidInput(
-                    f"model {name!r} is not the job's",
-                    field=f"recipe.models.{name}",
-                    remedy="use the job's own models",
-                )
-        if recipe.calibration is None and self.problem.calibration:
-            recipe = recipe.model_copy(update={"calibration": self.problem.calibration})
-        return recipe
 
-    def _check_bounds(self, genome: Genome) -> None:
-        outside = np.flatnonzero((genome < self.low) | (genome > self.high) | ~np.isfinite(genome))
-        if outside.size:
-            variable = self.variables[outside[0]]
-            raise InvalidInput(
-                f"{variable.name} = {genome[outside[0]]:g} is outside [{variable.low:g}, {variable.high:g}]",
-                field="genome",
-                remedy="stay inside the job's bounds",
-            )
+MakeSpace = Callable[[JobSpec, Problem, Any], JobSpace]
 
 
-def make_space(spec: JobSpec, problem: Problem) -> MergeSpace:
+@dataclass(frozen=True)
+class SpaceKind:
+    """A registered form of search space.
+
+    Attributes:
+        name: what `SpaceSpec.name` says.
+        summary: one sentence.
+        reference: paper or origin, with its year.
+        options: model of its options.
+        make: makes it; raises `InvalidInput` naming the field.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    options: type[Strict]
+    make: MakeSpace
+
+
+SPACES: Registry[SpaceKind] = Registry("search space", "optimizer.spaces")
+
+
+def search_space(name: str, *, summary: str, reference: str, options: type[Strict]) -> Callable[[MakeSpace], MakeSpace]:
+    """Register a form of search space under ``name``; the function is called with spec, problem and options."""
+
+    def decorate(make: MakeSpace) -> MakeSpace:
+        SPACES.register(name)(SpaceKind(name, summary, reference, options, make))
+        return make
+
+    return decorate
+
+
+def make_space(spec: JobSpec, problem: Problem) -> JobSpace:
     """Make the search space of a job from its spec and its inputs.
 
     Raises:
         InvalidInput: the operator does not fit the number of experts, or nothing is left to search.
     """
+    chosen = spec.merge.space
+    if chosen is None:
+        return make_merge_space(spec, problem)
+    kind = SPACES.find(chosen.name, "merge.space.name")
+    try:
+        options = kind.options.model_validate(chosen.options)
+    except ValidationError as error:
+        raise from_validation(error, "merge.space.options") from error
+    return kind.make(spec, problem, options)
+
+
+def make_merge_space(spec: JobSpec, problem: Problem) -> MergeSpace:
+    """Make the space of an operator's coefficients and variable options; see `make_space`."""
     groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
     if not groups:
         raise InvalidInput("every module kind is frozen", field="merge.frozen", remedy="leave something to merge")

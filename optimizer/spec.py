@@ -186,6 +186,20 @@ class Calibration(Strict):
     )
 
 
+class SpaceSpec(Strict):
+    """A search space of another form than a table of coefficients."""
+
+    name: str = Field(
+        description="GET /api/v1/spaces lists them with their options.", examples=["layer_swap", "data_flow", "prune"]
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the space.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:  # a bare string is the name
+        return {"name": value} if isinstance(value, str) else value
+
+
 class Modifier(Strict):
     """A change to each expert before, or to the result after, the merge."""
 
@@ -221,6 +235,10 @@ class MergeSpec(Strict):
         description="By model (`base` or an expert), the data that the operator measures it on, where it needs any.",
     )
     granularity: Granularity = Field(default_factory=Granularity, description="How many coefficients each expert gets.")
+    space: SpaceSpec | None = Field(
+        default=None,
+        description="What the search varies, where not the operator's coefficients and options.",
+    )
     bounds: Bounds | None = Field(
         default=None, description="Bounds of the coefficients; the operator's own by default."
     )
@@ -297,6 +315,33 @@ class AlgorithmSpec(Strict):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:  # a bare string is the name
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Phase(Strict):
+    """A part of a search with an algorithm of its own, which begins from all that was found before."""
+
+    algorithm: AlgorithmSpec = Field(description="Who proposes candidates in this phase.")
+    share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the job's evaluations; phases without one divide what the others leave evenly.",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Go on to the next phase after this many evaluations in a row that do not improve the front.",
+    )
+    keep_experts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Search among so many experts only: those that count most in the best candidates so far.",
+    )
+
 
 class Budget(Strict):
     """When to stop: whichever comes first."""
@@ -320,6 +365,11 @@ class WarmStarts(Strict):
     base: bool = Field(default=True, description="The base alone, where the operator can express it.")
     experts: bool = Field(default=True, description="Each expert alone.")
     uniform: bool = Field(default=True, description="The uniform merge of all experts.")
+    jobs: list[str] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Ids of earlier jobs over the same models, whose best candidates are evaluated first.",
+    )
     candidates: list[CandidateInput] = Field(
         default_factory=list, max_length=1000, description="Candidates of the user's own, evaluated first."
     )
@@ -389,6 +439,11 @@ class JobSpec(Strict):
         min_length=1, max_length=16, description="What the merged model must be good at."
     )
     algorithm: AlgorithmSpec = Field(default_factory=AlgorithmSpec, description="Who proposes candidates.")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        max_length=16,
+        description="Several algorithms, one after the other, in place of `algorithm`.",
+    )
     budget: Budget = Field(description="When to stop.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="The same seed gives the same search.")
     workers: Workers = Field(default_factory=Workers, description="The Ray actors that evaluate candidates.")
@@ -397,6 +452,13 @@ class JobSpec(Strict):
         ge=1,
         le=4096,
         description="Candidates in flight at once; the number of workers by default.",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description=(
+            "Tell the algorithm each outcome as it comes, so that no worker waits for a slow one; what it proposes then "
+            "depends on who was faster, and two runs with the same seed differ. A resumed job goes on exactly all the same."
+        ),
     )
     warm_starts: WarmStarts = Field(default_factory=WarmStarts, description="Candidates evaluated first.")
 
@@ -410,6 +472,10 @@ class JobSpec(Strict):
                 raise ValueError(
                     f"objectives.{number}.head: {objective.head!r} is no expert; use one of: {', '.join(experts)}"
                 )
+        if self.phases and "algorithm" in self.model_fields_set:
+            raise ValueError("phases: they stand in place of `algorithm`; leave one of the two out")
+        if sum(phase.share or 0 for phase in self.phases) > 1 + 1e-9:
+            raise ValueError("phases: the shares add up to more than 1")
         if "base" in experts:
             raise ValueError("experts: the name 'base' is taken by the base model; rename the expert")
         return self

@@ -84,8 +84,8 @@ def validate_job(spec: SpecBody, context: Deps) -> ValidationView:
         spec=spec.model_dump(mode="json"),
         findings=problem.findings,
         variables=space.dim,
-        groups=[group.label for group in space.groups],
-        columns=list(space.columns),
+        groups=list(space.axes[0]),
+        columns=list(space.axes[1]),
     )
 
 

@@ -50,8 +50,9 @@ def job_view(job: JobRow) -> JobView:
     if job.problem is not None:
         problem = Problem.model_validate(job.problem)
         space = make_space(JobSpec.model_validate(job.spec), problem)
-        view.groups = [GroupView(label=group.label) for group in space.groups]
-        view.columns = list(space.columns)
+        groups, columns = space.axes
+        view.groups = [GroupView(label=label) for label in groups]
+        view.columns = list(columns)
         view.variables = [_variable(variable) for variable in space.variables]
         view.findings = problem.findings
     return view

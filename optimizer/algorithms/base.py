@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from optimizer.errors import from_validation
+from optimizer.geometry import Cuts
+from optimizer.problem import Problem
 from optimizer.registry import Registry
-from optimizer.space import Genome, SearchSpace
-from optimizer.spec import AlgorithmSpec, Strict
+from optimizer.space import Genome, JobSpace, SearchSpace, make_space
+from optimizer.spec import AlgorithmSpec, JobSpec, Strict
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,18 @@ class Proposal:
         genome: shape (dim,), inside the bounds.
         generation: number of the generation it belongs to, from 0.
         parents: indices of the candidates it descends from, where the method has parents.
+        label: what the UI calls it, for candidates that mean something to a user ("greedy soup").
+        items: measure it on so many items of each objective only, the same ones for all candidates that ask for as many
+            (and among those of whoever asks for more); all by default. Such a candidate joins no front.
+        slopes: whether its `Outcome.slopes` are wanted: a backward pass for each objective.
     """
 
     genome: Genome
     generation: int = 0
     parents: tuple[int, ...] = ()
+    label: str | None = None
+    items: int | None = None
+    slopes: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,12 @@ class Outcome:
         gains: for algorithms that ask for them (`Algorithm.needs_items`), the scores item by item: for each objective
             an array of shape (items,) in which more is better (what is to be minimised stands negated). Empty when the
             evaluation failed.
+        items: how many items of each objective it was measured on, where not on all.
+        slopes: where they were asked for, shape (2, objectives, groups, models + 1): how each objective's mean negative
+            log-likelihood changes with the weights, by the job's coefficient groups. With g its gradient at the
+            candidate θ, [0] holds the inner products ⟨g, θ_m − θ_base⟩ of the base (0) and the experts in the job's
+            order, and in the last column ⟨g, θ − θ_base⟩; [1] holds, summed over the parameters of the group, the
+            cosines of g with θ_m − θ, and 0 in the last column.
     """
 
     index: int
@@ -58,6 +73,8 @@ class Outcome:
     violation: float = 0.0
     own: bool = True
     gains: tuple[NDArray[np.float32], ...] = ()
+    items: int | None = None
+    slopes: NDArray[np.float64] | None = None
 
     @property
     def feasible(self) -> bool:
@@ -75,7 +92,9 @@ class AlgorithmContext:
         seed: of its own random generator.
         start: shape (dim,), inside the bounds: the best guess before any evaluation (the uniform merge).
         parallel: candidates that may be in flight at once.
-        budget: evaluations the job may spend in all, or None.
+        budget: evaluations it may spend in all, or None.
+        items: number of items of each objective; empty where unknown.
+        differentiable: whether every objective has slopes (`Outcome.slopes`).
     """
 
     space: SearchSpace
@@ -84,6 +103,8 @@ class AlgorithmContext:
     start: Genome
     parallel: int = 1
     budget: int | None = None
+    items: tuple[int, ...] = ()
+    differentiable: bool = False
 
     @property
     def objectives(self) -> int:
@@ -101,9 +122,10 @@ class Algorithm(ABC):
     The contract (tests/optimizer/algorithms/test_conformance.py runs it over every algorithm):
 
     - `ask` returns between 0 and ``count`` proposals inside the bounds; none means that it waits for outcomes, and then
-      its state is unchanged. It never waits when every proposal has been told.
-    - `tell` gets every outcome once, in the order of the candidates' indices, also foreign ones (``own`` is False),
-      failed ones (``losses`` is None) and duplicates. None of these may break it.
+      its state is unchanged. It never waits when every proposal has been told, unless it gives a `stop_reason`.
+    - `tell` gets every outcome once, also foreign ones (``own`` is False), failed ones (``losses`` is None) and
+      duplicates. None of these may break it. Usually they come in the order of the candidates' indices; in asynchronous
+      jobs in any order.
     - The genome in an outcome is authoritative: it may differ in its last bits from what this process proposed.
     - Nothing but ``context.generator()`` is random; no global generator is touched.
     """
@@ -120,6 +142,30 @@ class Algorithm(ABC):
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         self.context = context
         self.options = options
+
+    @classmethod
+    def make_space(cls, spec: JobSpec, problem: Problem, options: Any) -> JobSpace:
+        """Make the space it searches for a job; by default the job's own.
+
+        Algorithms with individuals of another form (tables with break points, chains of merges) return their own. What
+        users and earlier phases evaluated is told as foreign outcomes where `JobSpace.adopt` can express it.
+
+        Raises:
+            InvalidInput: it cannot search what the job merges, naming the field and the remedy.
+        """
+        del options
+        return make_space(spec, problem)
+
+    @classmethod
+    def cuts(cls, options: Any) -> Cuts | None:
+        """Where `Problem.grams` must have edges for it; None if it needs none."""
+        del options
+        return None
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why it will never propose anything again (a sentence's end for the user), or None."""
+        return None
 
     @property
     def batch_size(self) -> int:

@@ -1,0 +1,1 @@
+"""Search spaces of other forms than a table of coefficients, one file each."""
