@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(notdir $(or $(CONSTRAINTS),free))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup demo test test-slow bench lint format types check readme clean
+.PHONY: help setup demo test test-slow bench bench-search lint format types check readme clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ test-slow: setup  ## The slow rest
 
 bench: setup  ## Measure and print the benchmark figures
 	$(BIN)/python -m tests.benchmarks
+
+bench-search: setup  ## Measure the searches: hours; each benchmark also runs alone
+	@for name in niches frank_wolfe evo_merging map_front surrogates multi_objective spaces phases single_objective front; do \
+	  $(BIN)/python -m tests.benchmarks.search.$$name || exit 1; done
 
 lint: setup  ## Lint and check the format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ from api.views import (
     Page,
     Progression,
     QueuedView,
+    SpaceView,
     StatusView,
     ValidationView,
     VersionView,
@@ -153,13 +154,15 @@ def list_candidates(
     sort: CandidateSort | None = None,
     objective: str | None = None,
     on_front: bool | None = None,
+    partial: bool | None = None,
     state: CandidateState | None = None,
     cursor: str | None = None,
     limit: int | None = None,
 ) -> Call[Page[CandidateSummary]]:
     """Return a page of candidates; the sorts by value need an objective."""
     params = {
-        "sort": sort, "objective": objective, "on_front": on_front, "state": state, "cursor": cursor, "limit": limit,
+        "sort": sort, "objective": objective, "on_front": on_front, "partial": partial, "state": state,
+        "cursor": cursor, "limit": limit,
     }  # fmt: skip
     return Call("GET", _job(job_id, "/candidates"), Page[CandidateSummary], params=params)
 
@@ -176,7 +179,7 @@ def enqueue(job_id: str, candidate: CandidateInput | Mapping[str, Any]) -> Call[
 
 
 def front(job_id: str, *, limit: int | None = None) -> Call[FrontView]:
-    """Return the Pareto front, the baselines and at most ``limit`` dominated candidates."""
+    """Return the Pareto front, the baselines, and at most ``limit`` dominated and partially evaluated candidates each."""
     return Call("GET", _job(job_id, "/front"), FrontView, params={"limit": limit})
 
 
@@ -223,6 +226,11 @@ def get_export(export_id: str) -> Call[ExportView]:
 def algorithms() -> Call[list[AlgorithmView]]:
     """Return all search algorithms."""
     return Call("GET", "/algorithms", list[AlgorithmView])
+
+
+def spaces() -> Call[list[SpaceView]]:
+    """Return all search spaces of another form than a table of coefficients."""
+    return Call("GET", "/spaces", list[SpaceView])
 
 
 def operators() -> Call[list[OperatorInfo]]:

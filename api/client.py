@@ -117,6 +117,7 @@ class _Routes:
     list_exports = Endpoint(calls.list_exports)
     get_export = Endpoint(calls.get_export)
     algorithms = Endpoint(calls.algorithms)
+    spaces = Endpoint(calls.spaces)
     operators = Endpoint(calls.operators)
     evaluators = Endpoint(calls.evaluators)
     job_schema = Endpoint(calls.job_schema)

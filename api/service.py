@@ -12,6 +12,7 @@ from functools import partial
 from types import FrameType
 
 import migrations
+from api import warm_starts
 from api.app import create_app
 from api.auth import check_bind
 from api.exporter import Exporter
@@ -38,10 +39,15 @@ def open_store(settings: Settings, migrate: bool = True) -> SqlStore:
 
 
 def inspect(settings: Settings, spec: JobSpec) -> Problem:
-    """Look at a job's inputs without reading weights; raises `InvalidInput` where they do not fit together."""
+    """Look at a job's inputs; raises `InvalidInput` where they do not fit together.
+
+    Weights are read only to find the digests for a job that begins where others ended: it must merge the same models.
+    """
     from workers.prepare import prepare, quick_digest
     from workers.roots import Roots
 
+    if spec.warm_starts.jobs:
+        return prepare(spec, Roots(settings.roots))
     return prepare(spec, Roots(settings.roots), digest=quick_digest)
 
 
@@ -92,7 +98,7 @@ def run_job(settings: Settings, spec: JobSpec, on_event: Callable[[EventView], N
     An interrupt (Ctrl-C) leaves the job in the store, from where any controller can resume it.
     """
     store = open_store(settings)
-    inspect(settings, spec)
+    spec = warm_starts.resolve(spec, inspect(settings, spec), store)
     job, _ = store.create_job(spec)
     pools = make_pools(settings)
     controller = _controller(store, pools, settings, 0)

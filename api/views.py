@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.ports import JobState, Origin, Request
-from optimizer.problem import Finding
+from optimizer.problem import Finding, PlannedPhase
 from optimizer.spec import Direction, Strict
 
 T = TypeVar("T")
@@ -76,6 +76,40 @@ class GroupView(View):
     label: str
 
 
+PhaseState = Literal["waiting", "under_way", "over"]
+
+
+class PlannedPhaseView(View):
+    """A phase of a job with everything settled."""
+
+    algorithm: str
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
+    evaluations: int = Field(description="Evaluations it may spend; the last phase also what others left over.")
+    patience: int | None = Field(
+        default=None, description="Evaluations in a row without an improvement of the front that end it."
+    )
+    keep_experts: int | None = Field(default=None, description="How many experts it searches among; null for all.")
+    why: str = Field(default="", description="Where mergeopt chose it: why.")
+
+    @classmethod
+    def of(cls, phase: PlannedPhase) -> PlannedPhaseView:
+        """Make it from what the job's inputs say."""
+        return PlannedPhaseView(
+            algorithm=phase.algorithm.name,
+            options=phase.algorithm.options,
+            evaluations=phase.evaluations,
+            patience=phase.patience,
+            keep_experts=phase.keep_experts,
+            why=phase.why,
+        )
+
+
+class PhaseView(PlannedPhaseView):
+    """A phase of a job, and where it stands."""
+
+    state: PhaseState
+
+
 class JobView(JobSummary):
     """A job as its page shows it."""
 
@@ -84,6 +118,12 @@ class JobView(JobSummary):
     columns: list[str] = Field(default_factory=list, description="Names of the coefficients in a group, once prepared.")
     variables: list[dict[str, Any]] = Field(
         default_factory=list, description="The genome's variables with their bounds."
+    )
+    parameters: int | None = Field(
+        default=None, description="Numbers that are merged, once prepared: the length of the vector that ranges are of."
+    )
+    phases: list[PhaseView] = Field(
+        default_factory=list, description="Who proposes candidates when, once prepared; what `auto` stands for."
     )
     findings: list[Finding] = Field(default_factory=list, description="The compatibility report.")
 
@@ -95,9 +135,14 @@ class CandidateSummary(View):
     """A candidate in a table or on a plot. A duplicate shows the outcome it shares."""
 
     index: int
+    phase: int = Field(default=0, description="Number of the job's phase that it belongs to, from 0.")
     generation: int
     origin: Origin
     label: str | None = None
+    partial: int | None = Field(
+        default=None,
+        description="How many items of each objective it was measured on; null for all. It joins no front then.",
+    )
     state: CandidateState
     values: list[float] | None = Field(default=None, description="One for each objective, in the job's order.")
     violation: float = 0.0
@@ -128,6 +173,8 @@ class Point(View):
     on_front: bool
     label: str | None = None
     origin: Origin = "algorithm"
+    phase: int = 0
+    partial: int | None = Field(default=None, description="Items it was measured on, where not on all.")
     violation: float = 0.0
 
 
@@ -136,8 +183,17 @@ class FrontView(View):
 
     objectives: list[ObjectiveView]
     front: list[Point]
-    baselines: list[Point] = Field(description="Warm starts: the base, each expert, the uniform merge, the user's own.")
+    baselines: list[Point] = Field(
+        description=(
+            "The base, each expert, the uniform merge, the user's own, and what algorithms gave a label (greedy soup); the "
+            "first 1,000."
+        )
+    )
     dominated: list[Point] = Field(description="At most `limit` of the rest, evenly spread over the search.")
+    partial: list[Point] = Field(
+        default_factory=list,
+        description="Candidates that were measured on some items only, at most `limit`; their values are estimates.",
+    )
     total: int = Field(description="Candidates with scores, all told.")
 
 
@@ -219,6 +275,9 @@ class ValidationView(View):
     variables: int = Field(description="Dimensions of the search space.")
     groups: list[str] = Field(description="Labels of the coefficient groups.")
     columns: list[str] = Field(description="Names of the coefficients in a group.")
+    phases: list[PlannedPhaseView] = Field(
+        default_factory=list, description="Who would propose candidates when; what `auto` would stand for."
+    )
 
 
 class QueuedView(View):
@@ -234,7 +293,17 @@ class AlgorithmView(View):
     summary: str = Field(description="One sentence.")
     reference: str = Field(description="Paper or origin.")
     multi_objective: bool = Field(description="Whether it looks for a whole front rather than one weighted optimum.")
+    needs_items: bool = Field(default=False, description="Whether it learns from the score of each item.")
     options_schema: dict[str, Any] = Field(description="JSON schema of `algorithm.options`.")
+
+
+class SpaceView(View):
+    """A form of search space that jobs may name."""
+
+    name: str
+    summary: str = Field(description="One sentence.")
+    reference: str = Field(description="Paper or origin.")
+    options_schema: dict[str, Any] = Field(description="JSON schema of `merge.space.options`.")
 
 
 class StatusView(View):

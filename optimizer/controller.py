@@ -211,7 +211,7 @@ class JobRun:
             if len(self._dispatched) >= most:
                 return
             if candidate.index not in self._dispatched:
-                pool.submit(Task(candidate.index, candidate.recipe))
+                pool.submit(Task(candidate.index, candidate.recipe, candidate.items, candidate.slopes))
                 self._dispatched.add(candidate.index)
 
     def _record(self, search: Search, result: Result) -> None:
@@ -239,7 +239,11 @@ def _evaluate(problem: Problem, result: Result) -> Evaluation:
     except InfeasibleCandidate as error:
         return replace(failed, failure=Failure(error.code, str(error)))
     return replace(
-        failed, values=tuple(values), violation=violation(problem.objectives, values), items=dict(result.scores)
+        failed,
+        values=tuple(values),
+        violation=violation(problem.objectives, values),
+        items=dict(result.scores),
+        slopes=result.slopes,
     )
 
 

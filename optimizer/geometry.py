@@ -5,9 +5,11 @@ Layouts are plain data: they are stored with the job and travel between processe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 ModuleKind = Literal["attention", "mlp", "embeddings", "norm", "head", "other"]
@@ -86,6 +88,33 @@ class Layout:
     def shared(self) -> tuple[TensorInfo, ...]:
         """The parameters that are merged."""
         return tuple(tensor for tensor in self.tensors if tensor.role == "shared")
+
+    @property
+    def flat(self) -> tuple[TensorInfo, ...]:
+        """The merged parameters in the order of the flat vector: by depth (layer 2 before layer 10), then by name.
+
+        A stretch of the flat vector is then a stretch of the model, from its input to its output.
+        """
+        return tuple(sorted(self.shared, key=lambda tensor: (_depth(tensor.position), tensor.name)))
+
+    def offsets(self) -> dict[str, int]:
+        """Return where each merged parameter begins in the flat vector, by name, in its order."""
+        out, total = {}, 0
+        for tensor in self.flat:
+            out[tensor.name] = total
+            total += prod(tensor.shape)
+        return out
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the flat vector of all merged parameters."""
+        return sum(prod(tensor.shape) for tensor in self.shared)
+
+
+def _depth(position: Position) -> float:
+    if isinstance(position, int):
+        return position
+    return -math.inf if position == "input" else math.inf
 
 
 def module_kind(name: str) -> ModuleKind:

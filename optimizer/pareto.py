@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 Losses = NDArray[np.float64]
 
+_CELLS = 1_000_000
+_DARTS = 20_000
+
 
 def dominates(a: Losses, b: Losses) -> bool:
     """Whether ``a`` is nowhere worse than ``b`` and somewhere better."""
@@ -115,3 +118,49 @@ def _slice(points: Losses, reference: Losses) -> float:
         if depth > 0:
             volume += depth * _slice(ordered[:count, :-1], reference[:-1])
     return volume
+
+
+def hypervolume_contributions(losses: Losses, reference: Losses, random: np.random.Generator) -> NDArray[np.float64]:
+    """Return the volume that each row of ``losses``, shape (n, m), dominates alone below ``reference``, shape (n,).
+
+    Exact where the grid through all points has at most a million cells: 1,000 points in two objectives, 100 in three, 31
+    in four. Beyond, it is estimated from 20,000 darts thrown at the box between the best values and the reference, with
+    a standard error below 0.4 % of that box (as HypE does, Bader and Zitzler 2011).
+
+    Args:
+        random: thrown darts come from it; it is not touched by the exact computation.
+    """
+    inside = np.flatnonzero((losses < reference).all(axis=1))
+    out = np.zeros(len(losses))
+    if inside.size:
+        points = losses[inside]
+        few = len(points) ** points.shape[1] <= _CELLS
+        out[inside] = _grid_shares(points, reference) if few else _dart_shares(points, reference, random)
+    return out
+
+
+def _grid_shares(points: Losses, reference: Losses) -> NDArray[np.float64]:
+    """The cells of the grid through all points that just one point dominates, added up for each point."""
+    n, m = points.shape
+    edges = np.append(np.sort(points, axis=0), reference[None], axis=0)
+    ranks = np.array([np.searchsorted(edges[:-1, k], points[:, k]) for k in range(m)])
+    count, owner = np.zeros((n,) * m), np.zeros((n,) * m)
+    np.add.at(count, tuple(ranks), 1.0)
+    np.add.at(owner, tuple(ranks), np.arange(n, dtype=np.float64))
+    volume = np.ones(())
+    for axis in range(m):  # a cell is dominated by the points at or below it on every axis
+        count, owner = count.cumsum(axis=axis), owner.cumsum(axis=axis)
+        volume = np.multiply.outer(volume, np.diff(edges[:, axis]))
+    alone = count == 1
+    shares = np.bincount(owner[alone].astype(np.int64), volume[alone], minlength=n)
+    return np.asarray(shares, dtype=np.float64)
+
+
+def _dart_shares(points: Losses, reference: Losses, random: np.random.Generator) -> NDArray[np.float64]:
+    low = points.min(axis=0)
+    darts = low + (reference - low) * random.random((_DARTS, points.shape[1]))
+    hits = np.ones((len(points), _DARTS), dtype=bool)
+    for column in range(points.shape[1]):
+        hits &= points[:, column, None] <= darts[None, :, column]
+    alone = hits[:, hits.sum(axis=0) == 1]
+    return np.asarray(alone.sum(axis=1) / _DARTS * np.prod(reference - low), dtype=np.float64)

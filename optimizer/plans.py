@@ -152,7 +152,7 @@ def data_flow(
     return scaled(plan, additions([1.0, *(inputs[i][j] for i, j in pairwise(path))], "input"))
 
 
-def additions(scales: Sequence[float], at: Literal["input", "output"]) -> list[float]:
+def additions(scales: Sequence[float], at: Literal["input", "output"], limit: float = math.inf) -> list[float]:
     """Turn factors of the hidden state into factors of what each layer adds to it.
 
     With pre-norm layers h ← s·h + f(norm(s·h)), and a norm that ignores its input's scale (RMSNorm, LayerNorm), put
@@ -167,6 +167,8 @@ def additions(scales: Sequence[float], at: Literal["input", "output"]) -> list[f
     Args:
         scales: one positive factor for each layer.
         at: whether they scale what a layer takes in or what it gives out.
+        limit: factors beyond it, or below 1 / limit, are brought back to it, so that no search proposes weights that
+            overflow.
 
     Raises:
         InfeasibleCandidate: a factor is not positive: nothing a layer adds could undo that.
@@ -180,6 +182,8 @@ def additions(scales: Sequence[float], at: Literal["input", "output"]) -> list[f
     inner = list(scales) if at == "input" else [1.0, *scales[:-1]]
     products = list(accumulate(inner, lambda left, right: left * right))
     out = [1.0 / product if product > 0 else math.inf for product in products]
+    if math.isfinite(limit):
+        out = [min(max(value, 1.0 / limit), limit) for value in out]
     if not all(math.isfinite(value) and value > 0 for value in out):
         raise InfeasibleCandidate("the factors' product leaves the range of numbers", field="scales")
     return out[: len(scales)]

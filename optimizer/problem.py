@@ -141,6 +141,9 @@ class Problem(Strict):
     models: dict[str, ModelId] = Field(description="`base` and the experts, in the job's order.")
     layout: Layout
     operator: OperatorInfo
+    operators: dict[str, OperatorInfo] = Field(
+        default_factory=dict, description="Those that the search space names besides, by name."
+    )
     objectives: list[ResolvedObjective]
     calibration: dict[str, CalibrationId] = Field(
         default_factory=dict, description="By model, the data that operators measure it on."

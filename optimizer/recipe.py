@@ -92,7 +92,7 @@ class Merge(Strict):
 
     The table of coefficients has a row for each group of parameters (``groups``; the first one that contains a
     parameter decides, and those in none are the base's, unchanged), or for each range of the flat vector of all shared
-    parameters in the layout's order (``breaks``: row k holds from ``breaks[k-1]`` up to, not including, ``breaks[k]``).
+    parameters, see `Layout.flat` (``breaks``: row k holds from ``breaks[k-1]`` up to, not including, ``breaks[k]``).
     """
 
     operator: str
@@ -100,7 +100,10 @@ class Merge(Strict):
     base: Leaf | Merge = Field(description="What task vectors are relative to.")
     inputs: list[Leaf | Merge] = Field(min_length=1)
     groups: list[Selector] | None = Field(default=None, min_length=1)
-    breaks: list[int] | None = Field(default=None, description="Ascending positions in the flat vector, from 1.")
+    breaks: list[int] | None = Field(
+        default=None,
+        description="Ascending positions, from 1, in the flat vector of all shared parameters in order of depth.",
+    )
     coefficients: list[list[float]] = Field(description="One row for each group or range, one column a coefficient.")
     tables: dict[str, list[list[float]]] | None = Field(
         default=None,

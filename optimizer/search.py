@@ -2,14 +2,16 @@
 
 Everything that decides *what is proposed next* lives here, and depends on nothing but the spec, the problem and the
 sequence of recorded candidates and outcomes. Outcomes are told to the algorithm in the order of the candidates, however
-they arrive, and each candidate records how many had been told when it was proposed. So a search that is killed and
-replayed goes on exactly as one that was never interrupted, with any number of evaluations in flight.
+they arrive (or, in an asynchronous job, in the order in which they were recorded), and each candidate records how many
+had been told when it was proposed. So a search that is killed and replayed goes on exactly as one that was never
+interrupted, with any number of evaluations in flight.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,33 +21,55 @@ from optimizer.algorithms.base import parse_options
 from optimizer.errors import JobError
 from optimizer.fitness.aggregate import ItemScores, to_gains, to_losses
 from optimizer.pareto import update_front
-from optimizer.ports import Candidate, Evaluation
-from optimizer.problem import Problem
+from optimizer.phases import most_used, narrow, plan, translate
+from optimizer.ports import Candidate, Evaluation, Origin
+from optimizer.problem import PlannedPhase, Problem
 from optimizer.recipe import Recipe
 from optimizer.space import Genome, JobSpace, make_space
 from optimizer.spec import CandidateInput, JobSpec
+from optimizer.telling import Queue
 
 ItemsOf = Callable[[int], Mapping[str, ItemScores]]
 
 EXHAUSTED_AFTER = 200
 """Proposals in a row that repeat earlier recipes before a search space counts as exhausted."""
 
+HANDED_OVER = 8
+"""Most candidates of the front that are translated for a phase whose space cannot express them exactly."""
+
 
 @dataclass
-class _Patience:
-    """Counts evaluations since the front last improved."""
+class _Front:
+    """The losses of the non-dominated candidates so far and who they are, and how long it has not improved."""
 
-    front: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    losses: NDArray[np.float64]
+    indices: list[int] = field(default_factory=list)
     since: int = 0
 
-    def add(self, outcome: Outcome | None) -> None:
+    def add(self, index: int, losses: NDArray[np.float64] | None) -> None:
+        """Count an evaluation; ``losses`` is None where it is not feasible."""
         self.since += 1
-        if outcome is None or not outcome.feasible or outcome.losses is None:
+        if losses is None:
             return
-        joins, pushed_out = update_front(self.front, outcome.losses)
-        if joins and not (self.front == outcome.losses).all(axis=1).any():
-            self.front = np.vstack([self.front[~pushed_out], outcome.losses])
+        joins, pushed_out = update_front(self.losses, losses)
+        if joins and not (self.losses == losses).all(axis=1).any():
+            self.losses = np.vstack([self.losses[~pushed_out], losses])
+            self.indices = [known for known, out in zip(self.indices, pushed_out, strict=True) if not out] + [index]
             self.since = 0
+
+
+@dataclass
+class _Stage:
+    """A phase that has begun."""
+
+    number: int
+    planned: PlannedPhase
+    algorithm: Algorithm
+    space: JobSpace
+    last: bool
+    spent: int = 0
+    repeats: int = 0
+    since: int = 0
 
 
 class Search:
@@ -57,9 +81,10 @@ class Search:
         items: returns the recorded per-item scores of a candidate; needed for algorithms that learn from them.
 
     Attributes:
+        space: the job's search space, in which users' candidates and warm starts are encoded; an algorithm may search
+            another one.
         candidates: all recorded candidates, by index.
         evaluations: outcomes by candidate index, without those of duplicates.
-        told: how many outcomes, from index 0 on, the algorithm has been told.
     """
 
     def __init__(self, spec: JobSpec, problem: Problem, items: ItemsOf | None = None) -> None:
@@ -67,44 +92,66 @@ class Search:
         self.spec = spec
         self.problem = problem
         self.space: JobSpace = make_space(spec, problem)
-        self.algorithm: Algorithm = self._make_algorithm()
         self.candidates: list[Candidate] = []
         self.evaluations: dict[int, Evaluation] = {}
-        self.told = 0
-        self._by_fingerprint: dict[str, int] = {}
+        self._queue = Queue(in_order=not spec.asynchronous)
+        self._waiting: dict[int, None] = {}
+        self._by_fingerprint: dict[str, list[int]] = {}
+        self._untold: Counter[Origin] = Counter()
+        self._first = 0  # of those that the job began with, how many have not been told
         self._spent = 0
-        self._repeats = 0
-        self._patience = _Patience(np.empty((0, len(problem.objectives))))
+        self._front = _Front(np.empty((0, len(problem.objectives))))
+        self._phases = problem.phases or plan(spec, problem)
+        self._spaces: list[JobSpace] = []
+        self._stage = self._begin(0)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """Who proposes now."""
+        return self._stage.algorithm
+
+    @property
+    def phase(self) -> int:
+        """Number of the phase under way, from 0."""
+        return self._stage.number
+
+    @property
+    def told(self) -> int:
+        """How many outcomes have been told."""
+        return self._queue.told
 
     # --- what the log says ------------------------------------------------------------------------------------------
 
     def replay(self, candidates: Sequence[Candidate], evaluations: Mapping[int, Evaluation]) -> None:
         """Bring a fresh search to where the log ends.
 
+        Args:
+            evaluations: by candidate index, in the order in which they were recorded.
+
         Raises:
             JobError: the log is not one that this search could have written.
         """
-        self.evaluations.update(evaluations)
-        pending: list[Proposal] = []
+        for index, evaluation in evaluations.items():
+            self.evaluations[index] = evaluation
+            self._queue.arrived(index)
         for candidate in candidates:
             self._tell_until(candidate.told)
+            while self._stage.number < candidate.phase < len(self._phases):
+                self._stage = self._begin(self._stage.number + 1)
             if candidate.origin == "algorithm":
-                pending = pending or self.algorithm.ask(self._room())
-                if not pending:
-                    raise JobError(
-                        f"the log has a proposal at candidate {candidate.index} where the algorithm makes none"
-                    )
-                pending.pop(0)  # the recorded genome counts: last bits differ between kinds of CPU
-            elif pending:
-                raise JobError(f"the log breaks off a generation at candidate {candidate.index}")
+                if candidate.genome is None:
+                    raise JobError(f"the log lacks the genome of candidate {candidate.index}")
+                self.algorithm.recall([candidate.genome])
             self._append(candidate)
-        if pending:
-            raise JobError("the log breaks off in the middle of a generation")
 
     def record(self, evaluation: Evaluation) -> None:
-        """Take in the outcome of a recorded candidate; its item scores and its recipe are not needed any more."""
-        self.evaluations[evaluation.index] = replace(evaluation, items={})
-        self.candidates[evaluation.index] = replace(self.candidates[evaluation.index], recipe={})
+        """Take in the outcome of a recorded candidate. Its item scores are not kept, nor a recipe that has a genome."""
+        index = evaluation.index
+        self.evaluations[index] = replace(evaluation, items={})
+        self._waiting.pop(index, None)
+        if self.candidates[index].genome is not None:
+            self.candidates[index] = replace(self.candidates[index], recipe={})
+        self._queue.arrived(index)
 
     # --- what comes next --------------------------------------------------------------------------------------------
 
@@ -138,11 +185,7 @@ class Search:
     @property
     def waiting(self) -> list[Candidate]:
         """Candidates that need an evaluation and have none, by index."""
-        return [
-            candidate
-            for candidate in self.candidates[self.told :]
-            if candidate.duplicate_of is None and candidate.index not in self.evaluations
-        ]
+        return [self.candidates[index] for index in self._waiting]
 
     @property
     def stop_reason(self) -> str | None:
@@ -150,11 +193,9 @@ class Search:
         budget = self.spec.budget
         if self._spent >= budget.evaluations:
             return f"the budget of {budget.evaluations} evaluations is spent"
-        if budget.patience is not None and self._patience.since >= budget.patience:
+        if budget.patience is not None and self._front.since >= budget.patience:
             return f"the front has not improved for {budget.patience} evaluations"
-        if self._repeats >= max(EXHAUSTED_AFTER, 2 * self._window()):
-            return f"the last {self._repeats} proposals were all known: the search space is exhausted"
-        return None
+        return self._over() if self._stage.last else None
 
     @property
     def accepts_more(self) -> bool:
@@ -166,85 +207,183 @@ class Search:
         """Whether nothing will be proposed any more and every outcome is in."""
         return self.stop_reason is not None and self.told == len(self.candidates)
 
-    # --- the fold ---------------------------------------------------------------------------------------------------
+    # --- phases -----------------------------------------------------------------------------------------------------
 
-    def _make_algorithm(self) -> Algorithm:
-        cls, options = parse_options(self.spec.algorithm)
+    def _begin(self, number: int) -> _Stage:
+        """Begin a phase: its algorithm is told all that is known and that its space can express."""
+        planned = self._phases[number]
+        last = number == len(self._phases) - 1
+        cls, options = parse_options(planned.algorithm)
+        spec, problem = self._narrowed(planned)
+        own = cls.make_space.__func__ is not Algorithm.make_space.__func__  # type: ignore[attr-defined]
+        space = cls.make_space(spec, problem, options) if own or spec is not self.spec else self.space
+        self._spaces.append(space)
+        left = self.spec.budget.evaluations - self._spent
         context = AlgorithmContext(
-            space=self.space,
+            space=space,
             weights=np.array([objective.weight for objective in self.problem.objectives]),
-            seed=self.spec.seed,
-            start=self.space.uniform(),
+            seed=self.spec.seed if number == 0 else _seed(self.spec.seed, number),
+            start=self._start(space),
             parallel=self.spec.in_flight,
-            budget=self.spec.budget.evaluations,
+            budget=left if last else min(left, planned.evaluations),
+            items=tuple(objective.items for objective in self.problem.objectives),
+            differentiable=all(objective.differentiable for objective in self.problem.objectives),
         )
-        return cls(context, options)
+        stage = _Stage(number, planned, cls(context, options), space, last)
+        for candidate in self.candidates:
+            evaluation = self.evaluations.get(self._source(candidate.index))
+            if evaluation is not None and candidate.items is None:
+                outcome = self._outcome(stage, candidate, evaluation)
+                if outcome is not None:
+                    stage.algorithm.tell(outcome)
+        return stage
+
+    def _narrowed(self, planned: PlannedPhase) -> tuple[JobSpec, Problem]:
+        if planned.keep_experts is None or not self._front.indices:
+            return self.spec, self.problem
+        recipes = [self._recipe(self.candidates[index]) for index in self._front.indices]
+        experts = most_used(recipes, [expert.name for expert in self.spec.experts], planned.keep_experts)
+        return narrow(self.spec, self.problem, experts)
+
+    def _best(self) -> list[int]:
+        """The front's candidates, that with the lowest weighted sum of normalised losses first."""
+        losses = self._front.losses
+        weights = np.array([objective.weight for objective in self.problem.objectives])
+        spread = np.ptp(losses, axis=0)
+        order = np.argsort((losses - losses.min(axis=0)) / np.where(spread > 0, spread, 1.0) @ weights, kind="stable")
+        return [self._front.indices[place] for place in order]
+
+    def _start(self, space: JobSpace) -> Genome:
+        if not self._front.indices:
+            return space.uniform()
+        found, _ = translate(space, self._recipe(self.candidates[self._best()[0]]))
+        return space.uniform() if found is None else space.clip(found)
+
+    def _handed_over(self) -> list[Candidate]:
+        """The best of earlier phases in the words of the new one's space, where it could not be told of them."""
+        wanted: list[Candidate] = []
+        for index in self._best()[:HANDED_OVER] if self._front.indices else []:
+            near, exact = translate(self._stage.space, self._recipe(self.candidates[index]))
+            if near is not None and not exact:
+                found = self._stage.space.recipe(self._stage.space.clip(near))
+                # Its genome is one of another space than the job's, which is where those of warm starts belong.
+                wanted.append(self._candidate(None, found, label=f"like candidate {index}", origin="warm_start"))
+        return [new for new in self._number(wanted) if new.duplicate_of is None][: self._left()]
+
+    def _over(self) -> str | None:
+        """Why the present phase proposes nothing any more, or None."""
+        stage = self._stage
+        if stage.algorithm.stop_reason is not None:
+            return stage.algorithm.stop_reason
+        if not stage.last and stage.spent >= stage.planned.evaluations:
+            return f"the phase's {stage.planned.evaluations} evaluations are spent"
+        if stage.planned.patience is not None and min(stage.since, self._front.since) >= stage.planned.patience:
+            return f"the front has not improved for {stage.planned.patience} evaluations"
+        if stage.repeats >= max(EXHAUSTED_AFTER, 2 * self._window()):
+            return f"the last {stage.repeats} proposals were all known: the search space is exhausted"
+        return None
+
+    # --- the fold ---------------------------------------------------------------------------------------------------
 
     def _window(self) -> int:
         """Most proposals of the algorithm that may wait for being told; it follows a generation that grows.
 
-        Outcomes are told in order, so one slow candidate holds up the rest: with several in flight as many again are
+        Where outcomes are told in order, one slow candidate holds up the rest: with several in flight as many again are
         proposed ahead, which keeps the other workers busy meanwhile.
         """
-        ahead = 2 * self.spec.in_flight if self.spec.in_flight > 1 else 1
+        in_flight = self.spec.in_flight
+        ahead = 2 * in_flight if in_flight > 1 and not self.spec.asynchronous else in_flight
         return max(self.algorithm.batch_size, ahead)
+
+    def _left(self) -> int:
+        """Evaluations that the budget and the phase still allow."""
+        left = self.spec.budget.evaluations - self._spent
+        stage = self._stage
+        return max(0, left if stage.last else min(left, stage.planned.evaluations - stage.spent))
 
     def _room(self) -> int:
         """How many proposals may be asked for now. Warm starts are told first: an algorithm may begin from them."""
-        if any(candidate.generation < 0 and candidate.told == 0 for candidate in self.candidates[self.told :]):
+        if self._first or self._untold["warm_start"]:
             return 0
-        own = sum(candidate.origin == "algorithm" for candidate in self.candidates[self.told :])
-        return max(0, min(self._window() - own, self.spec.budget.evaluations - self._spent))
+        return min(max(0, self._window() - self._untold["algorithm"]), self._left())
 
     def _ask(self) -> list[Candidate]:
+        if self.stop_reason is not None:
+            return []
+        if self._over() is not None:
+            return self._next_phase()
         room = self._room()
-        if room == 0 or self.stop_reason is not None:
+        if room == 0:
             return []
         proposals = self.algorithm.ask(room)
-        if not proposals and self.told == len(self.candidates):
+        if not proposals and self.told == len(self.candidates) and self.algorithm.stop_reason is None:
             raise JobError(f"the algorithm {self.algorithm.name} waits although it has been told everything")
         return self._number([self._candidate_of(proposal) for proposal in proposals])
 
-    def _candidate_of(self, proposal: Proposal) -> Candidate:
-        genome = self.space.clip(proposal.genome)
-        candidate = self._candidate(genome, self.space.recipe(genome), label=None, origin="algorithm")
-        return replace(candidate, generation=proposal.generation, parents=proposal.parents)
+    def _next_phase(self) -> list[Candidate]:
+        """Begin the next phase once every outcome of this one is in; return what is handed over."""
+        if self.told < len(self.candidates):
+            return []
+        self._stage = self._begin(self._stage.number + 1)
+        return self._handed_over() or self._ask()
 
-    def _candidate(self, genome: Genome | None, recipe: Recipe, *, label: str | None, origin: str) -> Candidate:
+    def _candidate_of(self, proposal: Proposal) -> Candidate:
+        genome = self._stage.space.clip(proposal.genome)
+        recipe = self._stage.space.recipe(genome)
+        candidate = self._candidate(genome, recipe, label=proposal.label, origin="algorithm")
+        return replace(
+            candidate,
+            generation=proposal.generation,
+            parents=proposal.parents,
+            items=proposal.items,
+            slopes=proposal.slopes,
+        )
+
+    def _candidate(self, genome: Genome | None, recipe: Recipe, *, label: str | None, origin: Origin) -> Candidate:
         return Candidate(
             index=-1,
             generation=-1,
             told=self.told,
-            origin=origin,  # type: ignore[arg-type]
+            origin=origin,
             label=label,
             genome=genome,
             recipe=recipe.to_json(),
             fingerprint=recipe.fingerprint,
+            phase=self._stage.number,
         )
 
     def _number(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Give the next indices, and point each repeated recipe to the first candidate that has it."""
-        new: dict[str, int] = {}
-        out = []
-        for index, candidate in enumerate(candidates, start=len(self.candidates)):
-            earlier = self._by_fingerprint.get(candidate.fingerprint)
-            first = new.setdefault(candidate.fingerprint, index) if earlier is None else earlier
-            out.append(replace(candidate, index=index, duplicate_of=None if first == index else first))
+        """Give the next indices, and point each repeated recipe to the first candidate that was measured as it asks."""
+        out: list[Candidate] = []
+        first = len(self.candidates)
+        for index, candidate in enumerate(candidates, start=first):
+            known = [self.candidates[place] for place in self._by_fingerprint.get(candidate.fingerprint, [])]
+            known += [new for new in out if new.fingerprint == candidate.fingerprint and new.duplicate_of is None]
+            original = next((earlier for earlier in known if _serves(earlier, candidate)), None)
+            out.append(replace(candidate, index=index, duplicate_of=None if original is None else original.index))
         return out
 
     def _append(self, candidate: Candidate) -> None:
-        if candidate.index != len(self.candidates):
-            raise JobError(f"the log has candidate {candidate.index} where {len(self.candidates)} was due")
+        index = candidate.index
+        if index != len(self.candidates):
+            raise JobError(f"the log has candidate {index} where {len(self.candidates)} was due")
         self.candidates.append(candidate)
-        self._by_fingerprint.setdefault(candidate.fingerprint, candidate.index)
-        self._spent += candidate.duplicate_of is None
+        self._untold[candidate.origin] += 1
+        self._first += _is_first(candidate)
+        self._queue.added(index, candidate.duplicate_of)
+        if candidate.duplicate_of is None:
+            self._by_fingerprint.setdefault(candidate.fingerprint, []).append(index)
+            self._spent += 1
+            self._stage.spent += 1
+            if index not in self.evaluations:
+                self._waiting[index] = None
         if candidate.origin == "algorithm":
-            self._repeats = 0 if candidate.duplicate_of is None else self._repeats + 1
+            self._stage.repeats = 0 if candidate.duplicate_of is None else self._stage.repeats + 1
 
     def _tell_until(self, count: int) -> None:
         while self.told < count:
             if not self._tell_next():
-                raise JobError(f"the log lacks the outcome of candidate {self.told}")
+                raise JobError(f"the log lacks the outcome that was told as number {self.told} of {count}")
 
     def _source(self, index: int) -> int:
         """The candidate whose outcome is that of ``index``."""
@@ -252,38 +391,72 @@ class Search:
         return index if original is None else original
 
     def _tell_next(self) -> bool:
-        """Tell the algorithm the next outcome in order, if it is there."""
-        if self.told == len(self.candidates):
+        """Tell the algorithm the next outcome, if it is there."""
+        index = self._queue.next()
+        if index is None:
             return False
-        candidate = self.candidates[self.told]
-        evaluation = self.evaluations.get(self._source(self.told))
-        if evaluation is None:
-            return False
-        outcome = self._outcome(candidate, evaluation)
+        candidate = self.candidates[index]
+        evaluation = self.evaluations[self._source(index)]
+        outcome = self._outcome(self._stage, candidate, evaluation)
         if outcome is not None:
             self.algorithm.tell(outcome)
-        if candidate.duplicate_of is None:
-            self._patience.add(outcome)
-        self.told += 1
+        self._untold[candidate.origin] -= 1
+        self._first -= _is_first(candidate)
+        if candidate.duplicate_of is None and candidate.items is None:
+            self._stage.since += 1
+            self._front.add(index, self._losses(evaluation) if _feasible(evaluation) else None)
         return True
 
-    def _outcome(self, candidate: Candidate, evaluation: Evaluation) -> Outcome | None:
-        """The outcome as the algorithm sees it; None for a foreign recipe, which has no genome."""
-        if candidate.genome is None:
+    def _losses(self, evaluation: Evaluation) -> NDArray[np.float64] | None:
+        return None if evaluation.values is None else to_losses(self.problem.objectives, evaluation.values)
+
+    def _home(self, candidate: Candidate) -> JobSpace:
+        """The space that a candidate's genome belongs to."""
+        return self._spaces[candidate.phase] if candidate.origin == "algorithm" else self.space
+
+    def _recipe(self, candidate: Candidate) -> Recipe:
+        if candidate.genome is not None:
+            return self._home(candidate).recipe(candidate.genome)
+        return Recipe.parse(dict(candidate.recipe))
+
+    def _outcome(self, stage: _Stage, candidate: Candidate, evaluation: Evaluation) -> Outcome | None:
+        """The outcome as a phase's algorithm sees it; None where its space cannot express the candidate."""
+        at_home = candidate.genome is not None and self._home(candidate) is stage.space
+        genome, exact = (candidate.genome, True) if at_home else translate(stage.space, self._recipe(candidate))
+        if genome is None or not exact:
             return None
-        values = evaluation.values
         return Outcome(
             index=candidate.index,
-            genome=candidate.genome,
-            losses=None if values is None else to_losses(self.problem.objectives, values),
+            genome=genome,
+            losses=self._losses(evaluation),
             violation=evaluation.violation,
-            own=candidate.origin == "algorithm",
-            gains=self._gains(evaluation),
+            own=candidate.origin == "algorithm" and candidate.phase == stage.number,
+            gains=self._gains(stage.algorithm, evaluation),
+            items=candidate.items,
+            slopes=evaluation.slopes,
         )
 
-    def _gains(self, evaluation: Evaluation) -> tuple[NDArray[np.float32], ...]:
-        if not self.algorithm.needs_items or evaluation.values is None:
+    def _gains(self, algorithm: Algorithm, evaluation: Evaluation) -> tuple[NDArray[np.float32], ...]:
+        if not algorithm.needs_items or evaluation.values is None:
             return ()
         if self._items is None:
-            raise JobError(f"the algorithm {self.algorithm.name} needs per-item scores, which nobody keeps here")
+            raise JobError(f"the algorithm {algorithm.name} needs per-item scores, which nobody keeps here")
         return to_gains(self.problem.objectives, self._items(evaluation.index))
+
+
+def _is_first(candidate: Candidate) -> bool:
+    return candidate.told == 0 and candidate.origin != "algorithm"
+
+
+def _serves(earlier: Candidate, wanted: Candidate) -> bool:
+    """Whether the outcome of ``earlier`` is all that ``wanted``, of the same recipe, asks for."""
+    return earlier.items == wanted.items and (earlier.slopes or not wanted.slopes)
+
+
+def _feasible(evaluation: Evaluation) -> bool:
+    return evaluation.values is not None and evaluation.violation <= 0
+
+
+def _seed(seed: int, phase: int) -> int:
+    """The seed of a later phase's algorithm."""
+    return int(np.random.SeedSequence([seed, phase]).generate_state(1)[0])

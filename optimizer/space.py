@@ -30,6 +30,7 @@ from optimizer.spec import (
     Modifier,
     RangeVariable,
     Scalar,
+    SpaceSpec,
     Strict,
 )
 
@@ -437,6 +438,8 @@ class MergeSpace(JobSpace):
 
 
 MakeSpace = Callable[[JobSpec, Problem, Any], JobSpace]
+OperatorOptions = Mapping[str, Scalar | list[float] | RangeVariable | ChoiceVariable]
+NamedOperators = Callable[[Any], Sequence[tuple[str, OperatorOptions]]]
 
 
 @dataclass(frozen=True)
@@ -449,6 +452,7 @@ class SpaceKind:
         reference: paper or origin, with its year.
         options: model of its options.
         make: makes it; raises `InvalidInput` naming the field.
+        operators: from its options to the operators that they name, each with its options.
     """
 
     name: str
@@ -456,16 +460,22 @@ class SpaceKind:
     reference: str
     options: type[Strict]
     make: MakeSpace
+    operators: NamedOperators
 
 
 SPACES: Registry[SpaceKind] = Registry("search space", "optimizer.spaces")
 
 
-def search_space(name: str, *, summary: str, reference: str, options: type[Strict]) -> Callable[[MakeSpace], MakeSpace]:
-    """Register a form of search space under ``name``; the function is called with spec, problem and options."""
+def search_space(
+    name: str, *, summary: str, reference: str, options: type[Strict], operators: NamedOperators = lambda _: ()
+) -> Callable[[MakeSpace], MakeSpace]:
+    """Register a form of search space under ``name``; the function is called with spec, problem and options.
+
+    What ``operators`` names stands in ``problem.operators`` then.
+    """
 
     def decorate(make: MakeSpace) -> MakeSpace:
-        SPACES.register(name)(SpaceKind(name, summary, reference, options, make))
+        SPACES.register(name)(SpaceKind(name, summary, reference, options, make, operators))
         return make
 
     return decorate
@@ -477,15 +487,26 @@ def make_space(spec: JobSpec, problem: Problem) -> JobSpace:
     Raises:
         InvalidInput: the operator does not fit the number of experts, or nothing is left to search.
     """
-    chosen = spec.merge.space
-    if chosen is None:
+    if spec.merge.space is None:
         return make_merge_space(spec, problem)
+    kind, options = _space_kind(spec.merge.space)
+    return kind.make(spec, problem, options)
+
+
+def named_operators(spec: JobSpec) -> Sequence[tuple[str, OperatorOptions]]:
+    """Return the operators, with their options, that the search space of a job names besides the job's own."""
+    if spec.merge.space is None:
+        return ()
+    kind, options = _space_kind(spec.merge.space)
+    return kind.operators(options)
+
+
+def _space_kind(chosen: SpaceSpec) -> tuple[SpaceKind, Strict]:
     kind = SPACES.find(chosen.name, "merge.space.name")
     try:
-        options = kind.options.model_validate(chosen.options)
+        return kind, kind.options.model_validate(chosen.options)
     except ValidationError as error:
         raise from_validation(error, "merge.space.options") from error
-    return kind.make(spec, problem, options)
 
 
 def make_merge_space(spec: JobSpec, problem: Problem) -> MergeSpace:

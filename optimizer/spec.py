@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from optimizer.errors import from_validation
 from optimizer.geometry import ModuleKind
@@ -472,13 +481,21 @@ class JobSpec(Strict):
                 raise ValueError(
                     f"objectives.{number}.head: {objective.head!r} is no expert; use one of: {', '.join(experts)}"
                 )
-        if self.phases and "algorithm" in self.model_fields_set:
+        if self.phases and self.algorithm != AlgorithmSpec():
             raise ValueError("phases: they stand in place of `algorithm`; leave one of the two out")
         if sum(phase.share or 0 for phase in self.phases) > 1 + 1e-9:
             raise ValueError("phases: the shares add up to more than 1")
         if "base" in experts:
             raise ValueError("experts: the name 'base' is taken by the base model; rename the expert")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_phases_replace(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the algorithm where there are phases: it has no part in the job."""
+        data: dict[str, Any] = dump(self)
+        if self.phases:
+            data.pop("algorithm", None)
+        return data
 
     @property
     def in_flight(self) -> int:

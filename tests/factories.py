@@ -34,6 +34,8 @@ def make_spec(**changes: Any) -> JobSpec:
         "budget": {"evaluations": 20},
         "seed": 1,
     }
+    if "phases" in changes:
+        del data["algorithm"]
     return parse_spec(data | changes)
 
 
@@ -46,6 +48,7 @@ def make_problem(spec: JobSpec, layers: int = 4) -> Problem:
             name=spec.merge.operator,
             summary="The base plus a weighted sum of task vectors.",
             reference="arXiv:2212.04089",
+            varies=["density"] if spec.merge.operator in ("lora_factors", "prune") else [],
         ),
         objectives=[
             ResolvedObjective(

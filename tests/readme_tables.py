@@ -13,8 +13,9 @@ from api.app import create_app
 from api.cli import app as cli
 from api.settings import Settings, settings_table
 from api.store.sql import SqlStore
-from optimizer.algorithms import ALGORITHMS
+from optimizer.algorithms import ALGORITHMS, Algorithm
 from optimizer.problem import OperatorInfo, Problem
+from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 from workers.evaluators.base import EVALUATORS
 from workers.merging.operator import OPERATORS
@@ -46,8 +47,19 @@ def commands() -> str:
 
 def algorithms() -> str:
     """Search algorithms."""
-    rows = ((f"`{name}`", found.summary, found.reference) for name, found in ALGORITHMS.items())
-    return _table(("algorithm", "what it does", "source"), rows)
+    rows = ((f"`{name}`", found.summary, _abilities(found), found.reference) for name, found in ALGORITHMS.items())
+    return _table(("algorithm", "what it does", "for", "source"), rows)
+
+
+def _abilities(found: type[Algorithm]) -> str:
+    objectives = "several objectives" if found.multi_objective else "their weighted sum"
+    return f"{objectives}; per-item scores" if found.needs_items else objectives
+
+
+def spaces() -> str:
+    """Search spaces of another form than a table of coefficients."""
+    rows = ((f"`{name}`", found.summary, found.reference) for name, found in SPACES.items())
+    return _table(("space", "what it varies", "source"), rows)
 
 
 def operators() -> str:
@@ -83,7 +95,7 @@ def evaluators() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (settings, routes, commands, algorithms, operators, evaluators)
+    table.__name__: table for table in (settings, routes, commands, algorithms, spaces, operators, evaluators)
 }
 
 

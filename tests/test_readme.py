@@ -7,6 +7,7 @@ import re
 import pytest
 
 from api.documents import parse_document
+from optimizer.algorithms.base import parse_options
 from optimizer.spec import parse_spec
 from tests.readme_tables import README, TABLES, render
 from workers.evaluators.base import parse_evaluator
@@ -26,9 +27,13 @@ def test_the_make_targets_it_names_exist() -> None:
 
 
 def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
-    job, fragment = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    spec = parse_spec(parse_document(job, "yaml", "job"))
-    varied = parse_spec({**parse_document(job, "yaml", "job"), **parse_document(fragment, "yaml", "job")})
+    blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    job, fragment, search = (parse_document(block, "yaml", "job") for block in blocks)
+    spec = parse_spec(job)
+    varied = parse_spec(job | fragment)
+    searched = parse_spec({key: value for key, value in job.items() if key != "algorithm"} | search)
+    parse_options(spec.algorithm)
+    assert len([parse_options(phase.algorithm) for phase in searched.phases]) > 1
     parse_operator_options(varied.merge.operator, varied.merge.options)
     for modifier in varied.merge.modifiers:
         assert operator_info(modifier.operator).modifier

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,10 @@ class _Named:
     @property
     def name(self) -> str:
         return self.checkpoint.name
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return read_tokenizer(self.checkpoint.path)
 
 
 def inspect(base: Checkpoint, experts: Sequence[Checkpoint], heads: Sequence[str]) -> tuple[Layout, list[Finding]]:
@@ -148,7 +153,7 @@ def _expert_findings(base: _Named, expert: _Named) -> list[Finding]:
         *notes_of(expert.checkpoint),
         *_integer_findings(base, expert),
         *_config_findings(base.checkpoint, expert.checkpoint),
-        *_tokenizer_findings(base.checkpoint, expert.checkpoint),
+        *_tokenizer_findings(base, expert),
         *_template_findings(base.checkpoint, expert.checkpoint),
     ]
 
@@ -170,7 +175,7 @@ def _name_findings(base: _Named, expert: _Named) -> list[Finding]:
 def _tensor_findings(base: _Named, expert: _Named) -> list[Finding]:
     both = [name for name in base.floats if name in expert.floats]
     findings = []
-    vocabulary = rows_by_token(base.checkpoint) if _vocabulary_refused(base.checkpoint, expert.checkpoint) else {}
+    vocabulary = rows_by_token(base.checkpoint) if _vocabulary_refused(base, expert) else {}
     wrong = [name for name in both if base.floats[name].shape != expert.floats[name].shape and name not in vocabulary]
     if wrong:
         first = f"{list(expert.floats[wrong[0]].shape)} instead of {list(base.floats[wrong[0]].shape)}"
@@ -213,14 +218,14 @@ def _config_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
 
 
-def _tokenizer_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
+def _tokenizer_findings(base: _Named, expert: _Named) -> list[Finding]:
     """What is to be said of two vocabularies beside what was done about them."""
-    if vocabulary_of(expert) is not None:
+    if vocabulary_of(expert.checkpoint) is not None:
         return []
-    mine, other = read_tokenizer(base.path), read_tokenizer(expert.path)
+    mine, other = base.tokenizer, expert.tokenizer
     if mine is None or other is None:
-        return _unreadable_findings(base, expert, other)
-    if refused := _refused(base, expert, mine, other):
+        return _unreadable_findings(base, expert)
+    if refused := _refused(base.checkpoint, expert.checkpoint, mine, other):
         return [Finding(severity="error", model=expert.name, message=refused)]
     kind = relation(mine, other)
     if kind != "equal":
@@ -239,12 +244,11 @@ def _tokenizer_findings(base: Checkpoint, expert: Checkpoint) -> list[Finding]:
     return []
 
 
-def _vocabulary_refused(base: Checkpoint, expert: Checkpoint) -> str | None:
+def _vocabulary_refused(base: _Named, expert: _Named) -> str | None:
     """Why two vocabularies cannot be merged number by number; None where they can, or nothing is known of them."""
-    mine, other = read_tokenizer(base.path), read_tokenizer(expert.path)
-    if vocabulary_of(expert) is not None or mine is None or other is None:
+    if vocabulary_of(expert.checkpoint) is not None or base.tokenizer is None or expert.tokenizer is None:
         return None
-    return _refused(base, expert, mine, other)
+    return _refused(base.checkpoint, expert.checkpoint, base.tokenizer, expert.tokenizer)
 
 
 def _refused(base: Checkpoint, expert: Checkpoint, mine: Tokenizer, other: Tokenizer) -> str | None:
@@ -259,14 +263,16 @@ def _refused(base: Checkpoint, expert: Checkpoint, mine: Tokenizer, other: Token
     return f"its vocabulary has {counts}: {remedy}"
 
 
-def _unreadable_findings(base: Checkpoint, expert: Checkpoint, other: Tokenizer | None) -> list[Finding]:
+def _unreadable_findings(base: _Named, expert: _Named) -> list[Finding]:
     """What can be said of tokenizers without a `tokenizer.json`: whether their files are the same."""
-    both = [file for file in LEGACY_FILES if (base.path / file).is_file() and (expert.path / file).is_file()]
-    differing = [file for file in both if (base.path / file).read_bytes() != (expert.path / file).read_bytes()]
+    mine, others = base.checkpoint.path, expert.checkpoint.path
+    both = [file for file in LEGACY_FILES if (mine / file).is_file() and (others / file).is_file()]
+    differing = [file for file in both if (mine / file).read_bytes() != (others / file).read_bytes()]
     if differing:
         text = f"its tokenizer differs from the base's ({', '.join(differing)}): the same token may mean another word"
         return [Finding(severity="warning", model=expert.name, message=f"{text}; rows are merged number by number")]
-    if other is None and not both and row_count(base) is not None and read_tokenizer(base.path) is not None:
+    alone = expert.tokenizer is None and not both
+    if alone and row_count(base.checkpoint) is not None and base.tokenizer is not None:
         text = "has no tokenizer of its own; the base's is used"
         return [Finding(severity="info", model=expert.name, message=text)]
     return []

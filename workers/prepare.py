@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput
-from optimizer.geometry import Layout
-from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
+from optimizer.geometry import Cuts, Layout
+from optimizer.phases import fields_of, plan
+from optimizer.problem import OperatorInfo, PlannedPhase, Problem, ResolvedObjective
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
-from optimizer.space import make_space
+from optimizer.space import make_space, named_operators
 from optimizer.spec import JobSpec, Objective, RangeVariable
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import load_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, parse_evaluator, resolve_metric
+from workers.grams import measure_grams
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
@@ -33,7 +35,8 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     Raises:
         InvalidInput: naming the field, if anything is missing, malformed or does not fit.
     """
-    parse_options(spec.algorithm)
+    for field, phase in fields_of(spec):
+        parse_options(phase.algorithm, field)
     operator = _operator(spec)
     checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
     base, *experts = checkpoints.values()
@@ -56,19 +59,26 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         },
         layout=layout,
         operator=operator,
+        operators=_named_operators(spec),
         objectives=objectives,
         calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
     space = make_space(spec, problem)
     engine = MergeEngine(checkpoints, layout, measurements=Calibrations(checkpoints, layout, items))
+    if spec.merge.space is not None:
+        for genome in (space.uniform(), space.low, space.high):  # what cannot be built, is better known at once
+            engine.check(space.recipe(genome))
     for number, candidate in enumerate(spec.warm_starts.candidates):
         try:
             engine.check(space.encode(candidate)[1])
         except InvalidInput as error:
             field = f"warm_starts.candidates.{number}.{error.field}"
             raise InvalidInput(error.message, field=field, remedy=error.remedy) from error
-    return problem
+    phases = plan(spec, problem)
+    cuts = None if digest is quick_digest else _finest(phases)
+    grams = None if cuts is None else measure_grams(checkpoints, layout, cuts)
+    return problem.model_copy(update={"phases": phases, "grams": grams})
 
 
 def quick_digest(_: Checkpoint) -> str:
@@ -101,6 +111,32 @@ def _operator(spec: JobSpec) -> OperatorInfo:
             remedy="choose another operator, for example task_arithmetic",
         )
     return info
+
+
+def _finest(phases: Sequence[PlannedPhase]) -> Cuts | None:
+    """Where the Gram matrices of the models must be cut for all the phases' algorithms; None if none needs any."""
+    wanted: set[Cuts | None] = set()
+    for phase in phases:
+        cls, options = parse_options(phase.algorithm)
+        wanted.add(cls.cuts(options))
+    order: tuple[Cuts, ...] = ("parameters", "tensors", "layers")
+    return next((cuts for cuts in order if cuts in wanted), None)
+
+
+def _named_operators(spec: JobSpec) -> dict[str, OperatorInfo]:
+    """The operators that the search space names besides; none may need more than weights."""
+    found = {}
+    for name, options in named_operators(spec):
+        info = operator_info(name, "merge.space.options")
+        parse_operator_options(name, options, "merge.space.options")
+        if info.needs != "weights":
+            raise InvalidInput(
+                f"{name} needs more than the models' weights, which search spaces cannot give it",
+                field="merge.space.options",
+                remedy="name operators that need weights only",
+            )
+        found[name] = info
+    return found
 
 
 def _check_modifiers(spec: JobSpec) -> None:
@@ -180,4 +216,5 @@ def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> Resolve
         at_most=constraint.at_most if constraint else None,
         items=len(evaluator),
         data_digest=evaluator.digest,
+        differentiable=evaluator.differentiable,
     )

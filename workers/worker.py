@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from optimizer.errors import (
     InfeasibleCandidate,
@@ -21,9 +24,11 @@ from optimizer.errors import (
     WorkerLost,
 )
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.subset import item_order
 from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
+from optimizer.space import make_groups
 from optimizer.spec import JobSpec, Workers
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
@@ -34,6 +39,9 @@ from workers.merging.engine import MergeEngine
 from workers.merging.resident import ResidentModels
 from workers.prepare import make_evaluators
 from workers.roots import Roots
+from workers.slopes import Slopes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,16 @@ class _Measure:
     evaluator: Evaluator
     head: str | None
     objectives: tuple[tuple[str, str], ...]  # (objective, metric)
+    order: NDArray[np.int64]  # of the items, where only some are measured
+    parts: dict[int, Evaluator] = field(default_factory=dict)
+
+    def on(self, items: int | None) -> Evaluator:
+        """The evaluator on the first ``items`` of the fixed order; all of them, as they come, where there are no more."""
+        if items is None or items >= len(self.evaluator):
+            return self.evaluator
+        if items not in self.parts:
+            self.parts[items] = self.evaluator.subset(self.order[:items].tolist())
+        return self.parts[items]
 
 
 class EvaluationWorker:
@@ -75,6 +93,9 @@ class EvaluationWorker:
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
         self._measures = _measures(spec, problem, evaluators)
+        self._objectives = [objective.name for objective in problem.objectives]
+        groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
+        self._slopes = Slopes(self._models, engine, groups)
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the per-item scores of a candidate, or why it has none.
@@ -90,8 +111,12 @@ class EvaluationWorker:
             with _timed(seconds, "evaluate"):
                 for measure in self._measures:
                     model = self._models.model(measure.head, measure.evaluator.auto_class)
-                    found = measure.evaluator.evaluate(model, cancelled)
+                    found = measure.on(task.items).evaluate(model, cancelled)
                     scores |= {objective: found[metric] for objective, metric in measure.objectives}
+            slopes = None
+            if task.slopes:
+                with _timed(seconds, "slopes"):
+                    slopes = self._slopes_of(task, cancelled)
         except (RetryableError, JobError):
             raise
         except torch.OutOfMemoryError as error:
@@ -103,7 +128,27 @@ class EvaluationWorker:
             return self._failed(task, error.code, error, seconds)
         except Exception as error:  # noqa: BLE001 - an evaluator's defect costs this candidate, not the job
             return self._failed(task, "evaluation_failed", error, seconds)
-        return Result(task.index, scores, seconds=seconds, worker=self._name)
+        return Result(task.index, scores, seconds=seconds, worker=self._name, slopes=slopes)
+
+    def _slopes_of(self, task: Task, cancelled: Callable[[], bool]) -> NDArray[np.float64] | None:
+        """The slopes at the model that was just scored; None where they cannot be had, which is no failure."""
+        if task.recipe.get("layers") is not None:
+            return None  # another number or order of layers than the experts'
+        objectives = {name: row for row, name in enumerate(self._objectives)}
+        out: NDArray[np.float64] | None = None
+        try:
+            for measure in self._measures:
+                found = self._slopes.measure(measure.on(task.items), measure.head, cancelled)
+                if found is None:
+                    return None
+                if out is None:
+                    out = np.empty((2, len(objectives), *found.shape[1:]))
+                out[:, [objectives[name] for name, _ in measure.objectives]] = found[:, None]
+        except torch.OutOfMemoryError:
+            log.warning("no slopes: a backward pass does not fit into the GPU's memory")
+            torch.cuda.empty_cache()
+            return None
+        return out if out is not None and np.isfinite(out).all() else None
 
     def _failed(self, task: Task, code: str, error: Exception, seconds: Mapping[str, float]) -> Result:
         message = str(error) or type(error).__name__
@@ -166,6 +211,7 @@ def _measures(spec: JobSpec, problem: Problem, evaluators: list[Evaluator]) -> l
             evaluator=evaluators[numbers[0]],
             head=spec.objectives[numbers[0]].head,
             objectives=tuple((spec.objectives[n].name, problem.objectives[n].metric) for n in numbers),
+            order=item_order(spec.seed, len(evaluators[numbers[0]])),
         )
         for numbers in groups.values()
     ]

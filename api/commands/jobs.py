@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -28,7 +28,15 @@ from api.commands.common import (
     read_mapping,
 )
 from api.commands.live import LiveJob
-from api.commands.tables import candidates_table, findings_table, job_panel, jobs_table, validation_panel
+from api.commands.tables import (
+    candidates_table,
+    catalog_table,
+    findings_table,
+    job_panel,
+    jobs_table,
+    phases_table,
+    validation_panel,
+)
 from api.documents import parse_document
 from api.views import ExportView, JobView
 from optimizer.errors import InvalidInput, MergeoptError
@@ -39,6 +47,7 @@ _TOP = 20
 CandidateIndex = Annotated[
     int, typer.Argument(metavar="CANDIDATE", help="The candidate's number in the job.", min=0, show_default=False)
 ]
+Kind = Literal["algorithms", "spaces", "operators", "evaluators"]
 State = Annotated[JobState | None, typer.Option("--state", help="Only jobs in this state.", show_default=False)]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it ends.")]
 
@@ -99,6 +108,8 @@ def show(
             return
         console = out()
         console.print(job_panel(view))
+        if view.phases:
+            console.print(phases_table(view.phases))
         if view.findings:
             console.print(findings_table(view.findings))
         front = client.list_candidates(job, on_front=True, limit=_TOP)
@@ -106,6 +117,23 @@ def show(
             console.print(candidates_table(front.items, [objective.name for objective in view.objectives]))
         if front.next_cursor:
             console.print(f"… {view.progress.front} on the front in all", style="dim")
+
+
+def catalog(
+    kind: Annotated[
+        Kind, typer.Argument(metavar="KIND", help="algorithms, spaces, operators or evaluators.", show_default=False)
+    ],
+    json: Json = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """List what jobs may name: algorithms, search spaces, operators or evaluators."""
+    with connect(url, token) as client:
+        found = _entries(client, kind)
+    if json:
+        print_json(found)
+    else:
+        out().print(catalog_table(found))
 
 
 def watch(job: JobId, url: Url = None, token: Token = None) -> None:
@@ -187,6 +215,18 @@ def export(
         message = (view.error or {}).get("message", "the export failed")
         fail(MergeoptError(message))
     typer.echo(view.path)
+
+
+def _entries(client: Client, kind: Kind) -> list[Any]:
+    match kind:
+        case "algorithms":
+            return client.algorithms()
+        case "spaces":
+            return client.spaces()
+        case "operators":
+            return client.operators()
+        case "evaluators":
+            return client.evaluators()
 
 
 def _submitted(client: Client, job: JobView, watch: bool, json: bool) -> None:

@@ -92,9 +92,10 @@ def describe(event: EventView, objectives: list[str]) -> str | None:
 
 
 def _candidate(data: dict[str, object], objectives: list[str]) -> str:
-    head = f"candidate {data['index']}"
+    head = f"candidate {data['index']}" + (f" ({data['label']})" if data.get("label") else "")
     values = data.get("values")
     if not isinstance(values, list):
         return f"{head} {data['state']}"
     scores = "  ".join(f"{name} {number(value)}" for name, value in zip(objectives, values, strict=True))
-    return f"{head}  {scores}" + ("  on the front" if data.get("on_front") else "")
+    part = f"  on {data['partial']} items" if data.get("partial") else ""
+    return f"{head}  {scores}{part}" + ("  on the front" if data.get("on_front") else "")

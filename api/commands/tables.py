@@ -10,8 +10,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from api.views import CandidateSummary, JobSummary, JobView, TokenView, ValidationView
-from optimizer.problem import Finding
+from api.views import (
+    AlgorithmView,
+    CandidateSummary,
+    JobSummary,
+    JobView,
+    PhaseView,
+    PlannedPhaseView,
+    SpaceView,
+    TokenView,
+    ValidationView,
+)
+from optimizer.problem import EvaluatorInfo, Finding, OperatorInfo
 
 STATE_STYLES = {
     "queued": "yellow",
@@ -96,16 +106,45 @@ def job_panel(job: JobView, elapsed_s: float | None = None) -> RenderableType:
 
 def candidates_table(candidates: Iterable[CandidateSummary], objectives: Sequence[str]) -> Table:
     """Return candidates with a column for each objective."""
-    table = plain_table("candidate", *objectives, "origin", "generation", "state")
+    table = plain_table("candidate", *objectives, "origin", "phase", "generation", "state")
     for candidate in candidates:
         values: Sequence[float | None] = candidate.values or [None] * len(objectives)
         table.add_row(
             str(candidate.index) + (f" ({candidate.label})" if candidate.label else ""),
             *(number(value) for value in values),
             candidate.origin,
+            str(candidate.phase + 1),
             str(candidate.generation),
-            candidate.state,
+            candidate.state if candidate.partial is None else f"{candidate.state} on {candidate.partial} items",
         )
+    return table
+
+
+_PHASE_STYLES = {"waiting": "dim", "under_way": "cyan", "over": "green"}
+
+
+def phases_table(phases: Sequence[PlannedPhaseView]) -> Table:
+    """Return who proposes candidates when, and why where mergeopt chose."""
+    table = plain_table("phase", "algorithm", "evaluations", "experts", "why")
+    for number, phase in enumerate(phases, start=1):
+        name = phase.algorithm + "".join(f" {key}={value}" for key, value in phase.options.items())
+        style = _PHASE_STYLES[phase.state] if isinstance(phase, PhaseView) else ""
+        experts = "all" if phase.keep_experts is None else str(phase.keep_experts)
+        table.add_row(str(number), Text(name, style=style), str(phase.evaluations), experts, Text(phase.why))
+    return table
+
+
+def catalog_table(entries: Iterable[AlgorithmView | SpaceView | OperatorInfo | EvaluatorInfo]) -> Table:
+    """Return what jobs may name, with a sentence each."""
+    table = plain_table("name", "what it does", "traits")
+    for entry in entries:
+        traits = []
+        if isinstance(entry, AlgorithmView):
+            traits = [
+                *(["several objectives"] if entry.multi_objective else []),
+                *(["per-item scores"] if entry.needs_items else []),
+            ]
+        table.add_row(entry.name, Text(entry.summary), ", ".join(traits))
     return table
 
 
@@ -124,12 +163,17 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 
 def validation_panel(validation: ValidationView) -> RenderableType:
     """Return what a valid job spec comes to."""
-    line = Text.assemble(
-        ("valid", "green"),
-        f": {validation.variables} variables, {len(validation.groups)} coefficient groups × "
-        f"{len(validation.columns)} ({', '.join(validation.columns)})",
-    )
-    return Group(line, findings_table(validation.findings)) if validation.findings else line
+    line = Text.assemble(("valid", "green"), f": {validation.variables} variables")
+    if validation.groups:
+        line.append(
+            f", {len(validation.groups)} coefficient groups × {len(validation.columns)} ({', '.join(validation.columns)})"
+        )
+    parts: list[RenderableType] = [line]
+    if validation.phases:
+        parts.append(phases_table(validation.phases))
+    if validation.findings:
+        parts.append(findings_table(validation.findings))
+    return Group(*parts)
 
 
 def tokens_table(tokens: Iterable[TokenView]) -> Table:

@@ -44,13 +44,26 @@ def list_candidates(
         ),
     ] = None,
     on_front: Annotated[bool | None, Query(description="Only those on the front, or only the others.")] = None,
+    partial: Annotated[
+        bool | None, Query(description="Only those measured on some items, or only those measured on all.")
+    ] = None,
     state: Annotated[CandidateState | None, Query(description="Only candidates in this state.")] = None,
     cursor: Cursor = None,
     limit: Limit = 100,
 ) -> Page[CandidateSummary]:
-    """Return candidates. The sorts by value need `objective` and leave out candidates without scores."""
+    """Return candidates.
+
+    The sorts by value need `objective`, and leave out candidates without scores and those measured on some items only.
+    """
     return store.list_candidates(
-        job_id, sort=sort, objective=objective, on_front=on_front, state=state, cursor=cursor, limit=limit
+        job_id,
+        sort=sort,
+        objective=objective,
+        on_front=on_front,
+        partial=partial,
+        state=state,
+        cursor=cursor,
+        limit=limit,
     )
 
 
@@ -89,7 +102,9 @@ def enqueue_candidate(job_id: JobId, candidate: CandidateBody, store: Store) -> 
 def get_front(
     job_id: JobId,
     store: Store,
-    limit: Annotated[int, Query(description="Most dominated candidates to return.", ge=0, le=100_000)] = 2000,
+    limit: Annotated[
+        int, Query(description="Most dominated, and most partial, candidates to return.", ge=0, le=100_000)
+    ] = 2000,
 ) -> FrontView:
     """Return the non-dominated candidates with all that is needed to draw them."""
     return store.front(job_id, limit)

@@ -7,9 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 
 from api.routes.common import answers
-from api.views import AlgorithmView
+from api.views import AlgorithmView, SpaceView
 from optimizer.algorithms.base import ALGORITHMS
 from optimizer.problem import EvaluatorInfo, OperatorInfo
+from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 
 router = APIRouter(tags=["catalog"])
@@ -39,9 +40,38 @@ def list_algorithms() -> list[AlgorithmView]:
             summary=cls.summary,
             reference=cls.reference,
             multi_objective=cls.multi_objective,
+            needs_items=cls.needs_items,
             options_schema=cls.Options.model_json_schema(),
         )
         for name, cls in ALGORITHMS.items()
+    ]
+
+
+@router.get(
+    "/spaces",
+    summary="Search spaces",
+    response_description="All search spaces of another form than a table of coefficients, by name.",
+    responses=answers(
+        example=[
+            SpaceView(
+                name="layer_swap",
+                summary="Takes each layer from one of the models.",
+                reference="Akiba et al. 2024 (arXiv:2403.13187)",
+                options_schema={"type": "object", "properties": {}},
+            )
+        ]
+    ),
+)
+def list_spaces() -> list[SpaceView]:
+    """Return the search spaces that `merge.space` may name."""
+    return [
+        SpaceView(
+            name=name,
+            summary=kind.summary,
+            reference=kind.reference,
+            options_schema=kind.options.model_json_schema(),
+        )
+        for name, kind in SPACES.items()
     ]
 
 

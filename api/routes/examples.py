@@ -15,6 +15,8 @@ from api.views import (
     JobSummary,
     JobView,
     ObjectiveView,
+    PhaseView,
+    PlannedPhaseView,
     Point,
     Progress,
     Progression,
@@ -43,7 +45,7 @@ SPEC: dict[str, Any] = {
     ],
     "merge": {"operator": "task_arithmetic", "granularity": {"layers": "each"}, "bounds": {"low": -0.2, "high": 1.2}},
     "objectives": [_objective("language"), _objective("polarity")],
-    "algorithm": {"name": "nsga2"},
+    "algorithm": {"name": "auto"},
     "budget": {"evaluations": 200},
     "seed": 1,
 }
@@ -63,12 +65,15 @@ _GROUPS = ["input", "layer 0", "layer 1"]
 _COLUMNS = ["language", "polarity"]
 _COEFFICIENTS = [[0.6, 0.4], [0.7, 0.2], [0.5, 0.5]]
 
+_BASELINES = PlannedPhaseView(algorithm="baselines", evaluations=20, why="to know what the search has to beat")
+_SEARCH = PlannedPhaseView(algorithm="nsga2", evaluations=180, why="there are two objectives and no slopes")
+
 JOB_SUMMARY = JobSummary(
     id=_JOB_ID,
     name="two word tasks",
     state="running",
     requested="run",
-    algorithm="nsga2",
+    algorithm="auto",
     operator="task_arithmetic",
     objectives=_OBJECTIVES,
     progress=_PROGRESS,
@@ -86,12 +91,25 @@ JOB = JobView(
         for group in _GROUPS
         for column in _COLUMNS
     ],
+    parameters=22_713_216,
+    phases=[
+        PhaseView(**_BASELINES.model_dump(), state="over"),
+        PhaseView(**_SEARCH.model_dump(), state="under_way"),
+    ],
     findings=[_FINDING],
 )
-VALIDATION = ValidationView(spec=JOB.spec, findings=[_FINDING], variables=6, groups=_GROUPS, columns=_COLUMNS)
+VALIDATION = ValidationView(
+    spec=JOB.spec,
+    findings=[_FINDING],
+    variables=6,
+    groups=_GROUPS,
+    columns=_COLUMNS,
+    phases=[_BASELINES, _SEARCH],
+)
 
 CANDIDATE_SUMMARY = CandidateSummary(
     index=17,
+    phase=1,
     generation=2,
     origin="algorithm",
     state="completed",
@@ -124,9 +142,10 @@ CANDIDATE = CandidateView(
 )
 FRONT = FrontView(
     objectives=_OBJECTIVES,
-    front=[Point(index=17, values=[0.63, 0.36], on_front=True)],
+    front=[Point(index=17, values=[0.63, 0.36], on_front=True, phase=1)],
     baselines=[Point(index=0, values=[1.4, 0.69], on_front=False, label="base", origin="warm_start")],
-    dominated=[Point(index=12, values=[0.8, 0.41], on_front=False)],
+    dominated=[Point(index=12, values=[0.8, 0.41], on_front=False, phase=1)],
+    partial=[Point(index=15, values=[0.7, 0.35], on_front=False, phase=1, partial=50)],
     total=21,
 )
 PROGRESSION = Progression(
@@ -141,6 +160,8 @@ EVENT = EventView(
         "state": "completed",
         "values": [0.63, 0.36],
         "on_front": True,
+        "label": None,
+        "partial": None,
         "progress": _PROGRESS.model_dump(),
     },
     at=_DONE,

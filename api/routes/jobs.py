@@ -7,11 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Header, Query, Response
 from pydantic import Field
 
+from api import warm_starts
 from api.context import Context
 from api.routes import examples
 from api.routes.common import Cursor, Deps, JobId, Limit, Store, answers
-from api.views import JobSummary, JobView, Page, ValidationView
+from api.views import JobSummary, JobView, Page, PlannedPhaseView, ValidationView
 from optimizer.errors import Conflict, InvalidInput, NotFound, TooLarge
+from optimizer.phases import plan
 from optimizer.ports import JobState
 from optimizer.space import make_space
 from optimizer.spec import JobSpec, Strict, parse_spec
@@ -62,11 +64,12 @@ class CloneInput(Strict):
 def submit_job(spec: SpecBody, context: Deps, response: Response, idempotency_key: IdempotencyKey = None) -> JobView:
     """Check the checkpoints and the data, and queue a search.
 
-    Nothing is recorded unless everything fits together. With an `Idempotency-Key` the request may be repeated safely;
+    Nothing is recorded unless everything fits together. The best candidates of `warm_starts.jobs` are taken over now, as
+    recipes among `warm_starts.candidates`. With an `Idempotency-Key` the request may be repeated safely;
     the same key with another spec is a conflict.
     """
-    context.inspect(spec)
-    return _create(spec, context, response, idempotency_key)
+    problem = context.inspect(spec)
+    return _create(warm_starts.resolve(spec, problem, context.store), context, response, idempotency_key)
 
 
 @router.post(
@@ -79,6 +82,7 @@ def submit_job(spec: SpecBody, context: Deps, response: Response, idempotency_ke
 def validate_job(spec: SpecBody, context: Deps) -> ValidationView:
     """Do all the checks of a submission and record nothing."""
     problem = context.inspect(spec)
+    warm_starts.resolve(spec, problem, context.store)
     space = make_space(spec, problem)
     return ValidationView(
         spec=spec.model_dump(mode="json"),
@@ -86,6 +90,7 @@ def validate_job(spec: SpecBody, context: Deps) -> ValidationView:
         variables=space.dim,
         groups=list(space.axes[0]),
         columns=list(space.axes[1]),
+        phases=[PlannedPhaseView.of(phase) for phase in problem.phases or plan(spec, problem)],
     )
 
 
@@ -185,7 +190,7 @@ def clone_job(
 ) -> JobView:
     """Submit a job like this one, with changes."""
     spec = parse_spec(merge_patch(context.store.get_job(job_id).spec, body.changes))
-    context.inspect(spec)
+    spec = warm_starts.resolve(spec, context.inspect(spec), context.store)
     return _create(spec, context, response, idempotency_key, cloned_from=job_id)
 
 

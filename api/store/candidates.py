@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, ColumnExpressionArgument, Select, and_, func, select, tuple_
+from sqlalchemy import ColumnElement, ColumnExpressionArgument, Select, and_, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from api.store import cursors, events, lifecycle, rendering
+from api.store import cursors, events, lifecycle, outcomes, rendering
 from api.store.columns import utc_now
 from api.store.engine import Database
 from api.store.models import (
@@ -20,7 +20,7 @@ from api.store.models import (
     ObjectiveValueRow,
     RecipeRow,
 )
-from api.store.ports import CandidateSort
+from api.store.ports import BestCandidates, CandidateSort
 from api.views import CandidateState, CandidateSummary, CandidateView, FrontView, Page, Point, Progression
 from optimizer.errors import Conflict, InvalidInput, NotFound
 from optimizer.problem import Problem
@@ -33,8 +33,11 @@ _POINT = (
     CandidateRow.on_front,
     CandidateRow.label,
     CandidateRow.origin,
+    CandidateRow.phase,
+    CandidateRow.items,
     CandidateRow.violation,
 )
+_MOST_BASELINES = 1000
 
 
 class Candidates(Database):
@@ -47,11 +50,14 @@ class Candidates(Database):
         sort: CandidateSort = "index",
         objective: str | None = None,
         on_front: bool | None = None,
+        partial: bool | None = None,
         state: str | None = None,
         cursor: str | None = None,
         limit: int = 100,
     ) -> Page[CandidateSummary]:
-        """Return candidates; ``-`` sorts downwards. The sorts by value leave out candidates without scores.
+        """Return candidates; ``-`` sorts downwards.
+
+        The sorts by value leave out candidates without scores and those that were measured on some items only.
 
         Raises:
             NotFound: no such job.
@@ -61,7 +67,7 @@ class Candidates(Database):
         _check_choice("sort", sort, CandidateSort)
         with self.read() as session:
             job = lifecycle.find_job(session, job_id)
-            chosen = [CandidateRow.job_id == job_id, *_filters(on_front, state)]
+            chosen = [CandidateRow.job_id == job_id, *_filters(on_front, partial, state)]
             if sort in ("index", "-index"):
                 return _by_index(session, chosen, sort, cursor, limit)
             return _by_value(session, chosen, sort, _objective(job, objective), cursor, limit)
@@ -90,7 +96,8 @@ class Candidates(Database):
     def front(self, job_id: str, limit: int = 2000) -> FrontView:
         """Return the front, the baselines and at most ``limit`` other points, evenly spread over the search.
 
-        A baseline on the front stands in both lists; a duplicate is shown only where it is a baseline.
+        A baseline on the front stands in both lists; a duplicate is shown only where it is a baseline. Those that were
+        measured on some items only are a list of their own, ``limit`` at most.
 
         Raises:
             NotFound: no such job.
@@ -98,13 +105,18 @@ class Candidates(Database):
         """
         cursors.check_limit(limit, lowest=0, highest=100_000)
         scored = and_(CandidateRow.job_id == job_id, CandidateRow.state == "completed")
+        whole = and_(scored, CandidateRow.items.is_(None))
+        baselines = select(*_POINT).where(
+            whole, or_(CandidateRow.origin != "algorithm", CandidateRow.label.is_not(None))
+        )
         with self.read() as session:
             job = lifecycle.find_job(session, job_id)
             return FrontView(
                 objectives=rendering.objectives(job),
                 front=_points(session, select(*_POINT).where(scored, CandidateRow.on_front)),
-                baselines=_points(session, select(*_POINT).where(scored, CandidateRow.origin != "algorithm")),
-                dominated=_dominated(session, scored, limit),
+                baselines=_points(session, baselines.limit(_MOST_BASELINES)),
+                dominated=_sample(session, _is_dominated(whole), limit),
+                partial=_sample(session, _is_partial(scored), limit),
                 total=job.completed,
             )
 
@@ -122,6 +134,32 @@ class Candidates(Database):
                 loss=[row.loss for row in rows],
             )
 
+    def best(self, job_id: str, count: int) -> BestCandidates:
+        """Return a job's models, and of the candidates on its front the ``count`` best by weighted mean of the losses.
+
+        Raises:
+            NotFound: no such job.
+        """
+        with self.read() as session:
+            job = lifecycle.find_job(session, job_id)
+            front = session.execute(
+                select(CandidateRow.index, CandidateRow.label, CandidateRow.values)
+                .where(CandidateRow.job_id == job_id, CandidateRow.on_front)
+                .order_by(CandidateRow.index)
+            ).all()
+            ranked = sorted(front, key=lambda row: outcomes.mean_loss(job, row[2] or ()))[:count]
+            chosen = [index for index, _, _ in ranked]
+            recipes = session.execute(
+                select(RecipeRow.index, RecipeRow.recipe).where(RecipeRow.job_id == job_id, RecipeRow.index.in_(chosen))
+            )
+            found = {index: recipe for index, recipe in recipes}  # noqa: C416 - rows, which dict() does not take
+            problem = None if job.problem is None else Problem.model_validate(job.problem)
+            return BestCandidates(
+                models={} if problem is None else problem.models,
+                recipes={index: found[index] for index in chosen},
+                labels={index: label for index, label, _ in ranked if label is not None},
+            )
+
     def enqueue(self, job_id: str, candidate: CandidateInput) -> int:
         """Queue a candidate for a job that has not ended; return its number in the job's queue, from 1.
 
@@ -137,7 +175,7 @@ class Candidates(Database):
             if job.state in lifecycle.ENDED:
                 raise Conflict(f"the job is {job.state}", remedy="clone it, with the candidate in warm_starts")
             if job.problem is not None:
-                _check_candidate(candidate, JobSpec.model_validate(job.spec), Problem.model_validate(job.problem))
+                check_candidate(candidate, JobSpec.model_validate(job.spec), Problem.model_validate(job.problem))
             last = session.scalar(select(func.max(EnqueuedRow.number)).where(EnqueuedRow.job_id == job_id))
             number = (last or 0) + 1
             session.add(
@@ -152,7 +190,8 @@ class Candidates(Database):
             return number
 
 
-def _check_candidate(candidate: CandidateInput, spec: JobSpec, problem: Problem) -> None:
+def check_candidate(candidate: CandidateInput, spec: JobSpec, problem: Problem) -> None:
+    """Raise `InvalidInput` unless the job's search space, or its models where it is a recipe, can express it."""
     _, recipe = make_space(spec, problem).encode(candidate)
     if candidate.recipe is not None:
         # torch is imported only where there is a recipe to check: an API process stays small.
@@ -169,11 +208,13 @@ def find_candidate(session: Session, job_id: str, index: int) -> CandidateRow:
     return row
 
 
-def _filters(on_front: bool | None, state: str | None) -> list[ColumnExpressionArgument[bool]]:
+def _filters(on_front: bool | None, partial: bool | None, state: str | None) -> list[ColumnExpressionArgument[bool]]:
     filters: list[ColumnExpressionArgument[bool]] = []
     if on_front is not None:
         # Written so that the planners recognise the condition of the partial index.
         filters.append(CandidateRow.on_front if on_front else ~CandidateRow.on_front)
+    if partial is not None:
+        filters.append(CandidateRow.items.is_not(None) if partial else CandidateRow.items.is_(None))
     if state is not None:
         _check_choice("state", state, CandidateState)
         filters.append(CandidateRow.state == state)
@@ -239,19 +280,37 @@ def _by_value(
 def _points(session: Session, query: Select[*tuple[Any, ...]]) -> list[Point]:
     rows = session.execute(query.order_by(CandidateRow.index))
     return [
-        Point(index=index, values=values, on_front=on_front, label=label, origin=origin, violation=violation)
-        for index, values, on_front, label, origin, violation in rows
+        Point(
+            index=index,
+            values=values,
+            on_front=on_front,
+            label=label,
+            origin=origin,
+            phase=phase,
+            partial=items,
+            violation=violation,
+        )
+        for index, values, on_front, label, origin, phase, items, violation in rows
     ]
 
 
-def _dominated(session: Session, scored: ColumnElement[bool], limit: int) -> list[Point]:
-    """Every n-th of the algorithm's own points that are not on the front, n so that at most ``limit`` are left."""
-    others = and_(
-        scored,
+def _is_dominated(whole: ColumnElement[bool]) -> ColumnElement[bool]:
+    """The algorithm's own points that are not on the front and have no label."""
+    return and_(
+        whole,
         ~CandidateRow.on_front,
         CandidateRow.origin == "algorithm",
+        CandidateRow.label.is_(None),
         CandidateRow.duplicate_of.is_(None),
     )
+
+
+def _is_partial(scored: ColumnElement[bool]) -> ColumnElement[bool]:
+    return and_(scored, CandidateRow.items.is_not(None), CandidateRow.duplicate_of.is_(None))
+
+
+def _sample(session: Session, others: ColumnElement[bool], limit: int) -> list[Point]:
+    """Every n-th of these points, n so that at most ``limit`` are left."""
     count = session.scalar(select(func.count()).select_from(CandidateRow).where(others)) or 0
     if not count or not limit:
         return []
@@ -259,4 +318,4 @@ def _dominated(session: Session, scored: ColumnElement[bool], limit: int) -> lis
     place = func.row_number().over(order_by=CandidateRow.index).label("place")
     numbered = select(CandidateRow.index, place).where(others).subquery()
     every = select(numbered.c.index).where((numbered.c.place - 1) % step == 0)
-    return _points(session, select(*_POINT).where(scored, CandidateRow.index.in_(every)))
+    return _points(session, select(*_POINT).where(others, CandidateRow.index.in_(every)))

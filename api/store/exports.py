@@ -148,7 +148,8 @@ def _task(session: Session, export: ExportRow) -> ExportTask:
         token=export.lease_token,
         recipe=recipe.recipe,
         spec=JobSpec.model_validate(job.spec),
-        scores=dict(zip(names, candidate.values or [], strict=True)),
+        # Estimates on some of the items are not what a model card should say.
+        scores=dict(zip(names, candidate.values or [], strict=True)) if candidate.items is None else {},
         options=ExportOptions.model_validate(export.options or {}),
     )
 

@@ -146,7 +146,7 @@ def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:
         state="queued",
         requested="run",
         reason=None,
-        algorithm=spec.algorithm.name,
+        algorithm=" → ".join(phase.algorithm.name for phase in spec.phases) or spec.algorithm.name,
         operator=spec.merge.operator,
         objectives=[objective.model_dump(mode="json") for objective in shown],
         spec=spec.model_dump(mode="json"),

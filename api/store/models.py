@@ -2,7 +2,7 @@
 
 Every row belongs to a job and goes with it: children refer to the job alone, so that deleting a job of 100,000
 candidates is one statement a table. What pages and plots read is narrow (`CandidateRow`); what only one candidate's
-page reads stands apart (`RecipeRow`, `ItemScoresRow`).
+page or a resuming controller reads stands apart (`RecipeRow`, `ItemScoresRow`, `SlopesRow`).
 
 Three things are kept twice, because they are read far more often than written, always in the transaction of the outcome
 they come from: counters and best values on the job, objective values as rows of their own (sorting by any objective),
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Double,
     ForeignKey,
@@ -28,6 +29,7 @@ from sqlalchemy import (
     SmallInteger,
     String,
     Text,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -98,7 +100,9 @@ class JobRow(Base):
     # What lists show of the objectives; metric and direction are null until the job was prepared.
     objectives: Mapped[list[dict[str, Any]]]
     spec: Mapped[dict[str, Any]] = mapped_column(deferred=True)
+    # The inputs as found; their inner products stand apart, megabytes that only searches read.
     problem: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    grams: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
 
     budget: Mapped[int] = mapped_column(Integer)
     proposed: Mapped[int] = mapped_column(Integer, default=0)
@@ -139,8 +143,8 @@ class CandidateRow(Base):
             "ix_candidates_baselines",
             "job_id",
             "index",
-            sqlite_where=text("origin != 'algorithm'"),
-            postgresql_where=text("origin != 'algorithm'"),
+            sqlite_where=text("origin != 'algorithm' OR label IS NOT NULL"),
+            postgresql_where=text("origin != 'algorithm' OR label IS NOT NULL"),
         ),
         Index(
             "ix_candidates_duplicates",
@@ -148,6 +152,13 @@ class CandidateRow(Base):
             "duplicate_of",
             sqlite_where=text("duplicate_of IS NOT NULL"),
             postgresql_where=text("duplicate_of IS NOT NULL"),
+        ),
+        Index(
+            "ix_candidates_partial",
+            "job_id",
+            "index",
+            sqlite_where=text("items IS NOT NULL"),
+            postgresql_where=text("items IS NOT NULL"),
         ),
     )
 
@@ -161,6 +172,9 @@ class CandidateRow(Base):
     parents: Mapped[list[int]]
     genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64), deferred=True)
     duplicate_of: Mapped[int | None] = mapped_column(Integer)
+    phase: Mapped[int] = mapped_column(SmallInteger, default=0, server_default=text("0"))
+    items: Mapped[int | None] = mapped_column(Integer)
+    slopes: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     created_at: Mapped[datetime]
 
     state: Mapped[CandidateState] = mapped_column(String(16), default="pending")
@@ -171,6 +185,9 @@ class CandidateRow(Base):
     seconds: Mapped[dict[str, float]] = mapped_column(default=dict)
     worker: Mapped[str] = mapped_column(Text, default="")
     finished_at: Mapped[datetime | None]
+    # Number of the outcome in the job, from 1, in the order of recording; null before there is one, for duplicates, and
+    # for what was recorded before migration 0003.
+    recorded: Mapped[int | None] = mapped_column(Integer)
 
 
 class RecipeRow(Base):
@@ -184,7 +201,7 @@ class RecipeRow(Base):
 
 
 class ObjectiveValueRow(Base):
-    """One objective's value of a candidate, also of a duplicate: what sorting by value walks along."""
+    """One objective's value of a candidate measured on all items, also of a duplicate: what sorting by value walks along."""
 
     __tablename__ = "objective_values"
     __table_args__ = (Index("ix_objective_values_sorted", "job_id", "objective", "value", "index"),)
@@ -205,6 +222,17 @@ class ItemScoresRow(Base):
     objective: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
     values: Mapped[NDArray[np.float32]] = mapped_column(FloatArray(32))
     weights: Mapped[NDArray[np.float32] | None] = mapped_column(FloatArray(32))
+
+
+class SlopesRow(Base):
+    """How a candidate's objectives change with the weights, see `optimizer.algorithms.Outcome.slopes`."""
+
+    __tablename__ = "slopes"
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    shape: Mapped[list[int]]
+    values: Mapped[NDArray[np.float64]] = mapped_column(FloatArray(64))
 
 
 class ImprovementRow(Base):

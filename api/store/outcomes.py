@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from api.store import events, rendering
 from api.store.columns import utc_now
-from api.store.models import CandidateRow, ImprovementRow, ItemScoresRow, JobRow, ObjectiveValueRow
+from api.store.models import CandidateRow, ImprovementRow, ItemScoresRow, JobRow, ObjectiveValueRow, SlopesRow
 from optimizer.errors import Conflict, InvalidInput, NotFound
 from optimizer.pareto import update_front
 from optimizer.ports import Evaluation
@@ -37,10 +38,13 @@ def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
         job.failed += 1
     else:
         job.completed += 1
-        if evaluation.violation <= 0:
+        # What was measured on some items only is no match for what was measured on all.
+        if evaluation.violation <= 0 and candidate.items is None:
             candidate.on_front = _join_front(session, job, list(evaluation.values))
             _note_improvement(session, job, evaluation.index, list(evaluation.values))
+    candidate.recorded = job.completed + job.failed
     _insert_items(session, job, evaluation)
+    _insert_slopes(session, job, evaluation)
     _share(session, job, candidate)
     events.append(session, job.id, _evaluated(job, candidate))
     return True
@@ -67,6 +71,12 @@ def signs(job: JobRow) -> NDArray[np.float64]:
     return np.array([-1.0 if objective["direction"] == "maximise" else 1.0 for objective in job.objectives])
 
 
+def mean_loss(job: JobRow, values: Sequence[float]) -> float:
+    """Return the weighted mean of the objectives, maximised ones negated."""
+    weights = np.array([objective["weight"] for objective in job.objectives])
+    return float(np.average(np.array(values) * signs(job), weights=weights))
+
+
 def _check(job: JobRow, evaluation: Evaluation) -> None:
     if any(objective["direction"] is None for objective in job.objectives):
         raise Conflict("the job was never started")
@@ -80,6 +90,9 @@ def _check(job: JobRow, evaluation: Evaluation) -> None:
     unknown = sorted(set(evaluation.items) - set(names))
     if unknown:
         raise InvalidInput(f"scores of unknown objectives: {', '.join(unknown)}", field="items")
+    slopes = evaluation.slopes
+    if slopes is not None and (slopes.ndim != 4 or slopes.shape[:2] != (2, len(names))):
+        raise InvalidInput(f"slopes of shape {slopes.shape} for {len(names)} objectives", field="slopes")
 
 
 def _names(job: JobRow) -> list[str]:
@@ -124,8 +137,7 @@ def _note_improvement(session: Session, job: JobRow, index: int, values: list[fl
         value if old is None or value * sign < old * sign else old
         for value, old, sign in zip(values, job.best, signs(job).tolist(), strict=True)
     ]
-    weights = np.array([objective["weight"] for objective in job.objectives])
-    loss = float(np.average(np.array(values) * signs(job), weights=weights))
+    loss = mean_loss(job, values)
     lowest = loss if job.best_loss is None else min(loss, job.best_loss)
     if (best, lowest) != (job.best, job.best_loss):
         job.best, job.best_loss = list(best), lowest
@@ -147,6 +159,13 @@ def _insert_items(session: Session, job: JobRow, evaluation: Evaluation) -> None
         session.execute(insert(ItemScoresRow), rows)
 
 
+def _insert_slopes(session: Session, job: JobRow, evaluation: Evaluation) -> None:
+    slopes = evaluation.slopes
+    if slopes is not None:
+        row = {"job_id": job.id, "index": evaluation.index, "shape": list(slopes.shape), "values": slopes}
+        session.execute(insert(SlopesRow), row)
+
+
 def _share(session: Session, job: JobRow, original: CandidateRow) -> None:
     """Give the outcome to the duplicates that waited for it, and make all of them sortable by value."""
     duplicates = session.scalars(
@@ -156,7 +175,7 @@ def _share(session: Session, job: JobRow, original: CandidateRow) -> None:
         .returning(CandidateRow.index)
         .execution_options(synchronize_session=False)
     ).all()
-    if original.values is not None:
+    if original.values is not None and original.items is None:
         insert_values(session, job, dict.fromkeys((original.index, *duplicates), original.values))
 
 
@@ -167,6 +186,8 @@ def _evaluated(job: JobRow, candidate: CandidateRow) -> events.Event:
         "values": candidate.values,
         "violation": candidate.violation,
         "on_front": candidate.on_front,
+        "label": candidate.label,
+        "partial": candidate.items,
         "progress": rendering.progress(job).model_dump(mode="json"),
     }
     return "candidate.evaluated", data

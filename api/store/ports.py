@@ -20,6 +20,7 @@ from api.views import (
     TokenView,
 )
 from optimizer.ports import JobState, Request
+from optimizer.recipe import ModelId
 from optimizer.spec import CandidateInput, JobSpec
 
 CandidateSort = Literal["index", "-index", "value", "-value"]
@@ -36,7 +37,7 @@ class ExportTask:
         token: fencing token of the claim.
         recipe: of the candidate.
         spec: of the job.
-        scores: the candidate's values by objective name.
+        scores: the candidate's values by objective name; none where it was measured on some items only.
     """
 
     id: str
@@ -48,6 +49,21 @@ class ExportTask:
     spec: JobSpec
     scores: dict[str, float]
     options: ExportOptions = DEFAULT_EXPORT
+
+
+@dataclass(frozen=True)
+class BestCandidates:
+    """What another job can begin with.
+
+    Attributes:
+        models: of the job, by name; empty before it was prepared.
+        recipes: of its best candidates by index, the best first.
+        labels: of those that have one.
+    """
+
+    models: dict[str, ModelId]
+    recipes: dict[int, dict[str, Any]]
+    labels: dict[int, str]
 
 
 class JobStore(Protocol):
@@ -92,20 +108,24 @@ class JobStore(Protocol):
         sort: CandidateSort = "index",
         objective: str | None = None,
         on_front: bool | None = None,
+        partial: bool | None = None,
         state: str | None = None,
         cursor: str | None = None,
         limit: int = 100,
     ) -> Page[CandidateSummary]:
-        """Return candidates; the sorts by value need an ``objective`` and leave out candidates without scores."""
+        """Return candidates; the sorts by value need an ``objective`` and leave out candidates without whole scores."""
 
     def get_candidate(self, job_id: str, index: int) -> CandidateView:
         """Return one candidate with its recipe and per-item scores."""
 
     def front(self, job_id: str, limit: int = 2000) -> FrontView:
-        """Return the front, the baselines and at most ``limit`` other points."""
+        """Return the front, the baselines, and at most ``limit`` dominated and partially evaluated points each."""
 
     def progression(self, job_id: str) -> Progression:
         """Return the best-so-far curve of each objective."""
+
+    def best(self, job_id: str, count: int) -> BestCandidates:
+        """Return a job's models, and of the candidates on its front the ``count`` best by weighted mean of the losses."""
 
     def enqueue(self, job_id: str, candidate: CandidateInput) -> int:
         """Queue a candidate for a job that has not ended; return its number in the queue.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.orm import object_session
+
+from api.store import lifecycle
 from api.store.models import CandidateRow, ExportRow, JobRow, TokenRow
 from api.views import (
     CandidateSummary,
@@ -13,6 +18,9 @@ from api.views import (
     JobSummary,
     JobView,
     ObjectiveView,
+    PhaseState,
+    PhaseView,
+    PlannedPhaseView,
     Progress,
     TokenView,
 )
@@ -54,8 +62,23 @@ def job_view(job: JobRow) -> JobView:
         view.groups = [GroupView(label=label) for label in groups]
         view.columns = list(columns)
         view.variables = [_variable(variable) for variable in space.variables]
+        view.parameters = sum(math.prod(tensor.shape) for tensor in problem.layout.shared)
+        view.phases = _phases(job, problem)
         view.findings = problem.findings
     return view
+
+
+def _phases(job: JobRow, problem: Problem) -> list[PhaseView]:
+    session = object_session(job)
+    last = select(CandidateRow.phase).where(CandidateRow.job_id == job.id).order_by(CandidateRow.index.desc()).limit(1)
+    current = (session.scalar(last) if session and problem.phases else None) or 0
+    out = []
+    for number, phase in enumerate(problem.phases):
+        state: PhaseState = "waiting" if number > current else "over"
+        if number == current and job.state not in lifecycle.ENDED:
+            state = "under_way"
+        out.append(PhaseView(**PlannedPhaseView.of(phase).model_dump(), state=state))
+    return out
 
 
 def candidate_summary(row: CandidateRow) -> CandidateSummary:
@@ -67,9 +90,11 @@ def candidate_fields(row: CandidateRow) -> dict[str, Any]:
     """Return the fields of a candidate that tables and its own page share."""
     return {
         "index": row.index,
+        "phase": row.phase,
         "generation": row.generation,
         "origin": row.origin,
         "label": row.label,
+        "partial": row.items,
         "state": row.state,
         "values": row.values,
         "violation": row.violation,

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Text, and_, cast, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from api.store.models import CandidateRow, JobRow, RecipeRow
+from api.store.models import CandidateRow, JobRow, RecipeRow, SlopesRow
 from optimizer.ports import Candidate, Evaluation, Failure, JobLog
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
@@ -64,9 +66,9 @@ def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[st
         rows = _rows(session, job.id)
         return JobLog(
             spec=JobSpec.model_validate(job.spec),
-            problem=None if job.problem is None else Problem.model_validate(job.problem),
+            problem=None if job.problem is None else Problem.model_validate(job.problem | {"grams": job.grams}),
             candidates=_candidates(rows, _pending_recipes(session, job.id), read_recipe),
-            evaluations=_evaluations(rows),
+            evaluations=_evaluations(rows, _slopes(session, job.id)),
             elapsed_s=job.elapsed_s,
         )
 
@@ -94,10 +96,14 @@ def _rows(session: Session, job_id: str) -> Sequence[_Record]:
         row.genome,
         row.fingerprint,
         row.duplicate_of,
+        row.phase,
+        row.items,
+        row.slopes,
         _text(row.parents),
         row.state,
         row.violation,
         row.worker,
+        row.recorded,
         _text(row.values),
         _text(row.failure),
         _text(row.seconds),
@@ -111,7 +117,7 @@ def _candidates(
     pending: dict[int, dict[str, Any]],
     read_recipe: Callable[[int], dict[str, Any]],
 ) -> list[Candidate]:
-    all_parents = _parse([row[8] for row in rows])
+    all_parents = _parse([row[11] for row in rows])
     # Unpacked by position: looking up columns by name would take as long again.
     return [
         Candidate(
@@ -125,10 +131,24 @@ def _candidates(
             fingerprint,
             tuple(parents),
             duplicate_of,
+            phase,
+            items,
+            slopes,
         )
-        for (index, generation, told, origin, label, genome, fingerprint, duplicate_of, *_), parents in zip(
-            rows, all_parents, strict=True
-        )
+        for (
+            index,
+            generation,
+            told,
+            origin,
+            label,
+            genome,
+            fingerprint,
+            duplicate_of,
+            phase,
+            items,
+            slopes,
+            *_,
+        ), parents in zip(rows, all_parents, strict=True)
     ]
 
 
@@ -141,20 +161,28 @@ def _pending_recipes(session: Session, job_id: str) -> dict[int, dict[str, Any]]
     return {row.index: row.recipe for row in rows}
 
 
-def _evaluations(rows: Sequence[_Record]) -> dict[int, Evaluation]:
-    own = [row for row in rows if row[7] is None and row[9] in ("completed", "failed")]
-    parsed = [_parse([row[column] for row in own]) for column in (12, 13, 14)]
+def _evaluations(rows: Sequence[_Record], slopes: Mapping[int, NDArray[np.float64]]) -> dict[int, Evaluation]:
+    own = [row for row in rows if row[7] is None and row[12] in ("completed", "failed")]
+    own.sort(key=lambda row: row[15] or 0)  # those from before there were numbers stay in front, by index
+    parsed = [_parse([row[column] for row in own]) for column in (16, 17, 18)]
     return {
         row[0]: Evaluation(
-            index=row[0],
-            values=None if values is None else tuple(values),
-            violation=row[10],
-            failure=None if failure is None else Failure(**failure),
-            seconds=seconds,
-            worker=row[11],
+            row[0],
+            None if values is None else tuple(values),
+            row[13],
+            {},
+            None if failure is None else Failure(**failure),
+            seconds,
+            row[14],
+            slopes.get(row[0]),
         )
         for row, values, failure, seconds in zip(own, *parsed, strict=True)
     }
+
+
+def _slopes(session: Session, job_id: str) -> dict[int, NDArray[np.float64]]:
+    rows = session.execute(select(SlopesRow.index, SlopesRow.shape, SlopesRow.values).where(SlopesRow.job_id == job_id))
+    return {index: values.reshape(shape) for index, shape, values in rows}
 
 
 def _text(column: InstrumentedAttribute[Any]) -> ColumnElement[Any]:

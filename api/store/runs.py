@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -95,7 +95,8 @@ class Runs(Database):
             if job.problem is None:
                 spec = JobSpec.model_validate(job.spec)
                 make_space(spec, problem)  # every later view of the job relies on it
-                job.problem = problem.model_dump(mode="json")
+                job.problem = problem.model_dump(mode="json", exclude={"grams"})
+                job.grams = None if problem.grams is None else problem.grams.model_dump(mode="json")
                 job.objectives = _resolved(spec, problem)
             lifecycle.change_state(session, job, "running", None, utc_now())
 
@@ -115,8 +116,8 @@ class Runs(Database):
 
         Raises:
             LeaseLost: another controller has the job.
-            Conflict: the indices do not go on where the job's end, a duplicate does not repeat an earlier original, or
-                an enqueued candidate does not wait.
+            Conflict: the indices do not go on where the job's end, a duplicate does not repeat an earlier original that
+                was measured on as many items at least, or an enqueued candidate does not wait.
         """
         with self._leased(lease, "add_candidates") as (session, job):
             expected = range(job.proposed, job.proposed + len(candidates))
@@ -264,6 +265,9 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
             "parents": list(candidate.parents),
             "genome": candidate.genome,
             "duplicate_of": candidate.duplicate_of,
+            "phase": candidate.phase,
+            "items": candidate.items,
+            "slopes": candidate.slopes,
             "created_at": now,
         }
         # All rows of one statement have the same columns, so all name those of the outcome.
@@ -273,7 +277,12 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
         insert(RecipeRow),
         [{"job_id": job.id, "index": c.index, "recipe": dict(c.recipe)} for c in candidates],
     )
-    outcomes.insert_values(session, job, {row["index"]: row["values"] for row in rows if row["values"] is not None})
+    outcomes.insert_values(session, job, {row["index"]: row["values"] for row in rows if _is_whole(row, originals)})
+
+
+def _is_whole(row: Mapping[str, Any], originals: Mapping[int | None, CandidateRow]) -> bool:
+    """Whether a new candidate shares values that were measured on all items."""
+    return row["values"] is not None and originals[row["duplicate_of"]].items is None
 
 
 def _originals(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> dict[int | None, CandidateRow]:
@@ -285,20 +294,28 @@ def _originals(session: Session, job: JobRow, candidates: Sequence[Candidate]) -
         else ()
     )
     found: dict[int | None, CandidateRow] = {row.index: row for row in rows}
-    fingerprints = {row.index: row.fingerprint for row in found.values() if row.duplicate_of is None}
+    known = {row.index: (row.fingerprint, row.items) for row in found.values() if row.duplicate_of is None}
     for candidate in candidates:
         if candidate.duplicate_of is None:
-            fingerprints[candidate.index] = candidate.fingerprint
-        elif fingerprints.get(candidate.duplicate_of) != candidate.fingerprint:
+            known[candidate.index] = (candidate.fingerprint, candidate.items)
+        elif not _repeats(candidate, known.get(candidate.duplicate_of)):
             raise Conflict(f"candidate {candidate.index} repeats no original {candidate.duplicate_of}")
     return found
 
 
+def _repeats(candidate: Candidate, original: tuple[str, int | None] | None) -> bool:
+    """Whether the original, given by fingerprint and items, is the same merge and measured on enough items."""
+    if original is None or original[0] != candidate.fingerprint:
+        return False
+    return original[1] is None or (candidate.items is not None and candidate.items <= original[1])
+
+
 def _proposed(candidates: Sequence[Candidate]) -> list[events.Event]:
-    """One event for each run of candidates of the same generation and origin."""
+    """One event for each run of candidates of the same phase, generation and origin."""
     out: list[events.Event] = []
-    for (generation, origin), group in groupby(candidates, key=lambda c: (c.generation, c.origin)):
+    for (phase, generation, origin), group in groupby(candidates, key=lambda c: (c.phase, c.generation, c.origin)):
         run = list(group)
-        data = {"first": run[0].index, "count": len(run), "generation": generation, "origin": origin}
+        place = {"phase": phase, "generation": generation, "origin": origin}
+        data = {"first": run[0].index, "count": len(run), **place}
         out.append(("candidates.proposed", data))
     return out

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from optimizer.errors import from_validation
+from optimizer.errors import JobError, from_validation
 from optimizer.geometry import Cuts
-from optimizer.problem import Problem
+from optimizer.problem import PlannedPhase, Problem
 from optimizer.registry import Registry
 from optimizer.space import Genome, JobSpace, SearchSpace, make_space
 from optimizer.spec import AlgorithmSpec, JobSpec, Strict
@@ -64,7 +64,8 @@ class Outcome:
             log-likelihood changes with the weights, by the job's coefficient groups. With g its gradient at the
             candidate θ, [0] holds the inner products ⟨g, θ_m − θ_base⟩ of the base (0) and the experts in the job's
             order, and in the last column ⟨g, θ − θ_base⟩; [1] holds, summed over the parameters of the group, the
-            cosines of g with θ_m − θ, and 0 in the last column.
+            cosines of g with the weights θ_m themselves, as the code of FW-Merging (arXiv:2503.12649) takes them, and
+            in the last column those with θ. Parameters of no group, and such without a gradient, count nowhere.
     """
 
     index: int
@@ -126,6 +127,7 @@ class Algorithm(ABC):
     - `tell` gets every outcome once, also foreign ones (``own`` is False), failed ones (``losses`` is None) and
       duplicates. None of these may break it. Usually they come in the order of the candidates' indices; in asynchronous
       jobs in any order.
+    - Asks may be split or joined: twelve proposals at once are those that were asked for one by one.
     - The genome in an outcome is authoritative: it may differ in its last bits from what this process proposed.
     - Nothing but ``context.generator()`` is random; no global generator is touched.
     """
@@ -162,6 +164,12 @@ class Algorithm(ABC):
         del options
         return None
 
+    @classmethod
+    def phases(cls, spec: JobSpec, problem: Problem, options: Any, evaluations: int) -> list[PlannedPhase] | None:
+        """What stands for it in a job, for an algorithm that only chooses others; None for all that search by themselves."""
+        del spec, problem, options, evaluations
+        return None
+
     @property
     def stop_reason(self) -> str | None:
         """Why it will never propose anything again (a sentence's end for the user), or None."""
@@ -175,6 +183,18 @@ class Algorithm(ABC):
     @abstractmethod
     def ask(self, count: int) -> list[Proposal]:
         """Return up to ``count`` proposals; none while it waits for outcomes."""
+
+    def recall(self, genomes: Sequence[Genome]) -> None:
+        """Take in that the next proposals were these, as a log says; what `ask` would have left behind, is then the same.
+
+        An algorithm whose proposals take long to work out can do better than to work them out again.
+
+        Raises:
+            JobError: it would not propose anything now.
+        """
+        proposals = self.ask(len(genomes))
+        if len(proposals) < len(genomes):
+            raise JobError(f"the log has a proposal where the algorithm {self.name} makes none")
 
     @abstractmethod
     def tell(self, outcome: Outcome) -> None:
@@ -197,13 +217,13 @@ def algorithm(name: str) -> Callable[[A], A]:
     return decorate
 
 
-def parse_options(spec: AlgorithmSpec) -> tuple[type[Algorithm], Strict]:
-    """Find the algorithm a spec names and validate its options; raises `InvalidInput` naming the field."""
-    cls = ALGORITHMS.find(spec.name, "algorithm.name")
+def parse_options(spec: AlgorithmSpec, field: str = "algorithm") -> tuple[type[Algorithm], Strict]:
+    """Find the algorithm a spec names and validate its options; raises `InvalidInput` naming the field below ``field``."""
+    cls = ALGORITHMS.find(spec.name, f"{field}.name")
     try:
         return cls, cls.Options.model_validate(spec.options)
     except ValidationError as error:
-        raise from_validation(error, "algorithm.options") from error
+        raise from_validation(error, f"{field}.options") from error
 
 
 @dataclass

@@ -9,13 +9,13 @@ around scipy hang the interpreter at exit.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.pending import Pending
 from optimizer.space import Genome
 from optimizer.spec import Strict
 
@@ -33,7 +33,6 @@ OptimizerName = Literal[
     "TwoPointsDE",
 ]
 
-_SAME = 1e-9
 _BEYOND = 1e15  # nevergrad clips from 5e20
 
 
@@ -41,9 +40,9 @@ _BEYOND = 1e15  # nevergrad clips from 5e20
 class Nevergrad(Algorithm):
     """An optimizer of nevergrad on the unit cube, on the weighted sum of the losses. It never waits.
 
-    Outcomes stand for its own proposals in the order of these. Where a recorded genome is not the proposal (another kind of
-    CPU computed it), the recorded one is told. Foreign outcomes are told as points it did not ask for. Those that violate
-    constraints or failed get losses beyond all real ones; the listed optimizers compare losses and do not average them.
+    Foreign outcomes are told as points it did not ask for, and so is a recorded genome that was none of its proposals.
+    Those that violate constraints or failed get losses beyond all real ones; the listed optimizers compare losses and do
+    not average them. Foreign outcomes on a part of the items are not comparable and are ignored.
     """
 
     summary = "An optimizer of the nevergrad package, by name: differential evolution, particle swarms, (1+1)."
@@ -64,29 +63,29 @@ class Nevergrad(Algorithm):
         super().__init__(context, options)
         self._range = context.space.high - context.space.low
         self._optimizer = self._make()
-        self._asked: deque[Any] = deque()
+        self._pending: Pending[Any] = Pending(context.space)
 
     def ask(self, count: int) -> list[Proposal]:
         """Return ``count`` proposals."""
         return [Proposal(self._next()) for _ in range(count)]
 
     def tell(self, outcome: Outcome) -> None:
-        """Take in the outcome of the oldest proposal that has none, or of a foreign candidate."""
+        """Take in the outcome of a proposal or of a foreign candidate."""
+        if outcome.items is not None and not outcome.own:
+            return
         self._optimizer.tell(self._candidate(outcome), self._loss(outcome))
 
     def _candidate(self, outcome: Outcome) -> Any:
-        asked = self._asked.popleft() if outcome.own and self._asked else None
-        if asked is not None and np.abs(self._genome(asked) - outcome.genome).max() <= _SAME * self._range.max():
+        asked = self._pending.pop(outcome.genome) if outcome.own else None
+        if asked is not None:
             return asked
         return self._optimizer.parametrization.spawn_child(new_value=self._unit(outcome.genome))
 
     def _next(self) -> Genome:
         candidate = self._optimizer.ask()
-        self._asked.append(candidate)
-        return self._genome(candidate)
-
-    def _genome(self, candidate: Any) -> Genome:
-        return self.context.space.clip(self.context.space.low + candidate.value * self._range)
+        genome = self.context.space.clip(self.context.space.low + candidate.value * self._range)
+        self._pending.add(genome, candidate)
+        return genome
 
     def _unit(self, genome: Genome) -> Genome:
         return np.clip((genome - self.context.space.low) / self._range, 0.0, 1.0)

@@ -362,11 +362,7 @@ def _chosen(node: Leaf | Merge, layout: Layout, tensors: Sequence[TensorInfo]) -
 def _row(node: Merge, tensor: TensorInfo, layout: Layout) -> int | None:
     if node.breaks is None:
         return node.row(tensor)
-    begin = 0
-    for other in layout.shared:
-        if other.name == tensor.name:
-            break
-        begin += prod(other.shape)
+    begin = layout.offsets()[tensor.name]
     end = begin + prod(tensor.shape)
     bounds = [0, *node.breaks, None]
     for number, (low, high) in enumerate(pairwise(bounds)):

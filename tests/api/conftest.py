@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from optimizer.errors import InvalidCheckpoint
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Candidate, Evaluation, Failure, Lease
 from optimizer.problem import Problem
-from optimizer.space import MergeSpace, make_space
+from optimizer.space import JobSpace, make_space
 from optimizer.spec import JobSpec
 from tests.factories import make_problem, make_spec
 
@@ -137,35 +137,38 @@ def client(service: Service) -> Iterator[Client]:
 class Runner:
     """Does to one job what a controller does, step by step, through the store's own methods."""
 
-    def __init__(self, store: SqlStore, job_id: str) -> None:
+    def __init__(self, store: SqlStore, job_id: str, lease: Lease | None = None) -> None:
         self.store = store
         self.job_id = job_id
         self.made = 0
-        lease = store.claim("test", 3600, job_id)
+        lease = lease or store.claim("test", 3600, job_id)
         assert lease is not None
         self.lease: Lease = lease
         self.spec = store.load(lease).spec
         problem = make_problem(self.spec)
-        self.space: MergeSpace = make_space(self.spec, problem)
+        self.space: JobSpace = make_space(self.spec, problem)
         store.start(lease, problem)
 
-    def propose(self, count: int = 1) -> list[int]:
-        """Record ``count`` candidates and return their indices."""
+    def propose(self, count: int = 1, **changes: Any) -> list[int]:
+        """Record ``count`` candidates, with fields as given, and return their indices."""
         rng = np.random.default_rng(self.made)
         candidates = []
         for index in range(self.made, self.made + count):
             genome = rng.uniform(self.space.low, self.space.high)
             recipe = self.space.recipe(genome)
             candidates.append(
-                Candidate(
-                    index=index,
-                    generation=0,
-                    told=self.made,
-                    origin="algorithm",
-                    label=None,
-                    genome=genome,
-                    recipe=recipe.to_json(),
-                    fingerprint=recipe.fingerprint,
+                replace(
+                    Candidate(
+                        index=index,
+                        generation=0,
+                        told=self.made,
+                        origin="algorithm",
+                        label=None,
+                        genome=genome,
+                        recipe=recipe.to_json(),
+                        fingerprint=recipe.fingerprint,
+                    ),
+                    **changes,
                 )
             )
         self.store.add_candidates(self.lease, candidates)

@@ -27,8 +27,11 @@ from api.commands.live import LiveJob
 from api.store.sql import SqlStore
 from api.views import CandidateView, JobSummary, JobView, ValidationView
 from optimizer.errors import MergeoptError
+from optimizer.problem import PlannedPhase
+from optimizer.spec import AlgorithmSpec
 from tests.api.conftest import Runner, Service, spec_json
 from tests.api.test_client import free_port
+from tests.factories import make_problem, make_spec
 
 Run = Callable[..., Result]
 
@@ -91,6 +94,7 @@ def test_commands_and_their_options() -> None:
         "validate": ["--json", *remote],
         "list": ["--state", "--name", "--limit", "--json", *remote],
         "show": ["--candidate", "--json", *remote],
+        "catalog": ["--json", *remote],
         "watch": remote,
         "pause": remote,
         "resume": remote,
@@ -142,6 +146,40 @@ def test_json(run: Run, spec_file: str, job: JobView) -> None:
     assert JobView.model_validate_json(succeed(run("show", job.id, "--json"))) == job
     assert CandidateView.model_validate_json(succeed(run("show", job.id, "-c", "2", "--json"))).values == [0.8, 0.2]
     assert ValidationView.model_validate_json(succeed(run("validate", spec_file, "--json"))).variables == 8
+
+
+def test_catalog(run: Run) -> None:
+    algorithms = succeed(run("catalog", "algorithms"))
+    assert re.search(r"^nsga2 .*several objectives", algorithms, re.MULTILINE)
+    for kind, name in (("spaces", "layer_swap"), ("operators", "ties"), ("evaluators", "text_classification")):
+        assert re.search(rf"^{name} ", succeed(run("catalog", kind)), re.MULTILINE)
+        assert name in {entry["name"] for entry in json.loads(succeed(run("catalog", kind, "--json")))}
+    assert run("catalog", "colours").exit_code == 2
+
+
+def test_phases_labels_and_partial_evaluations_are_shown(run: Run, store: SqlStore) -> None:
+    phases = [
+        PlannedPhase(algorithm=AlgorithmSpec(name="baselines"), evaluations=5, why="to know what to beat"),
+        PlannedPhase(algorithm=AlgorithmSpec(name="cma_es", options={"sigma0": 0.1}), evaluations=15, keep_experts=1),
+    ]
+    job_id = store.create_job(make_spec())[0].id
+    lease = store.claim("test", 3600, job_id)
+    assert lease is not None
+    store.start(lease, make_problem(make_spec()).model_copy(update={"phases": phases}))
+    runner = Runner(store, job_id, lease)
+    runner.propose(1, label="greedy soup")
+    runner.propose(1, phase=1, items=7)
+    runner.score(0, 0.5, 0.5)
+    runner.score(1, 0.75, 0.25)
+    shown = succeed(run("show", job_id))
+    assert re.search(r"^1 +baselines +5 +all +to know what to beat", shown, re.MULTILINE)
+    assert re.search(r"^2 +cma_es sigma0=0.1 +15 +1", shown, re.MULTILINE)
+    assert re.search(r"^0 \(greedy soup\) .* algorithm +1 +0 +completed", shown, re.MULTILINE)
+    assert "completed on 7 items" in succeed(run("show", job_id, "--candidate", "1"))
+    runner.finish()
+    watched = succeed(run("watch", job_id))
+    assert "candidate 0 (greedy soup)  language 0.5000  polarity 0.5000  on the front" in watched
+    assert "candidate 1  language 0.7500  polarity 0.2500  on 7 items" in watched
 
 
 def test_show_has_the_front_and_candidates_their_recipes(run: Run, job: JobView) -> None:

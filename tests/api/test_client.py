@@ -102,6 +102,7 @@ def test_the_life_of_a_job_async(service: Service, store: SqlStore) -> None:
 
 def test_catalog_and_service(client: Client) -> None:
     assert {algorithm.name for algorithm in client.algorithms()} >= {"cma_es", "nsga2", "random"}
+    assert "layer_swap" in {space.name for space in client.spaces()}
     assert "ties" in {operator.name for operator in client.operators()}
     assert "causal_lm" in {evaluator.name for evaluator in client.evaluators()}
     assert client.job_schema()["title"] == "JobSpec"

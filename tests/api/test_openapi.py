@@ -57,6 +57,7 @@ def test_routes() -> None:
             "/events": "GET",
             "/exports/{export_id}": "GET",
             "/algorithms": "GET",
+            "/spaces": "GET",
             "/operators": "GET",
             "/evaluators": "GET",
             "/schema/job": "GET",

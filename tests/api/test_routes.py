@@ -14,6 +14,7 @@ from api.settings import Settings
 from api.store.sql import SqlStore
 from api.views import CandidateView, FrontView, JobView, Progression
 from optimizer.algorithms.base import ALGORITHMS
+from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 from tests.api.conftest import Runner, Service, running, spec_json
 from tests.api.test_errors import check_error
@@ -96,6 +97,7 @@ def test_validate(http: httpx.Client) -> None:
     assert body["columns"] == ["language", "polarity"]
     assert body["groups"] == ["layer 0", "layer 1", "layer 2", "layer 3"]
     assert body["variables"] == 8
+    assert [(phase["algorithm"], phase["evaluations"]) for phase in body["phases"]] == [("random", 20)]
     assert JobSpec.model_validate(body["spec"]) == JobSpec.model_validate(spec_json())
     assert http.get("/jobs").json()["items"] == []
 
@@ -211,6 +213,8 @@ def test_clone_with_wrong_changes(http: httpx.Client, job: JobView, changes: dic
         ({"on_front": True}, [0, 2]),
         ({"on_front": False, "state": "completed"}, [1, 4]),
         ({"state": "failed"}, [3]),
+        ({"partial": True}, []),
+        ({"partial": False, "state": "completed"}, [0, 1, 2, 4]),
     ],
 )
 @pytest.mark.parametrize("limit", [1, 2, 100])
@@ -324,17 +328,36 @@ def test_exports_of_what_cannot_be_exported(
 
 
 def test_catalog(http: httpx.Client) -> None:
-    algorithms, operators, evaluators = (
-        http.get(f"/{kind}").json() for kind in ("algorithms", "operators", "evaluators")
+    algorithms, spaces, operators, evaluators = (
+        http.get(f"/{kind}").json() for kind in ("algorithms", "spaces", "operators", "evaluators")
     )
 
-    assert [algorithm["name"] for algorithm in algorithms] == list(ALGORITHMS)
+    abilities = {entry["name"]: (entry["multi_objective"], entry["needs_items"]) for entry in algorithms}
+    assert abilities == {name: (cls.multi_objective, cls.needs_items) for name, cls in ALGORITHMS.items()}
+    assert list(abilities) == list(ALGORITHMS)
+    assert [space["name"] for space in spaces] == list(SPACES)
     assert {"linear", "slerp", "task_arithmetic", "ties"} <= {operator["name"] for operator in operators}
     assert {"text_classification", "causal_lm"} <= {evaluator["name"] for evaluator in evaluators}
-    for entry in [*algorithms, *operators, *evaluators]:
+    for entry in [*algorithms, *spaces, *operators, *evaluators]:
         assert entry["summary"]
         assert entry["options_schema"]["type"] == "object"
     assert all(evaluator["metrics"] for evaluator in evaluators)
+
+
+def test_phases_are_planned_by_validation_and_kept_by_clones(http: httpx.Client) -> None:
+    phases = [{"algorithm": "cma_es", "share": 0.25}, {"algorithm": {"name": "random"}, "patience": 5}]
+    spec = {key: value for key, value in spec_json().items() if key != "algorithm"} | {"phases": phases}
+    planned = http.post("/jobs/validate", json=spec).json()["phases"]
+    assert [(phase["algorithm"], phase["evaluations"]) for phase in planned] == [("cma_es", 5), ("random", 15)]
+    job = http.post("/jobs", json=spec).json()
+    assert job["algorithm"] == "cma_es → random"
+    assert "algorithm" not in job["spec"]
+    clone = http.post(f"/jobs/{job['id']}/clone", json={"changes": {"seed": 2}})
+    assert clone.status_code == 201
+    assert clone.json()["spec"]["phases"] == job["spec"]["phases"]
+    wrong = spec | {"phases": [{"algorithm": "none_such"}]}
+    error = check_error(http.post("/jobs/validate", json=wrong), 422, "invalid_input")
+    assert error.field == "phases.0.algorithm.name"
 
 
 def test_job_schema_is_complete(http: httpx.Client) -> None:

@@ -47,17 +47,19 @@ class Training:
         steps, batch: of AdamW.
         length: tokens of a text that count.
         rank: of a LoRA adapter; None trains all weights.
+        rate: of learning; by default the usual one.
     """
 
     steps: int
     batch: int = 4
     length: int = 128
     rank: int | None = None
+    rate: float | None = None
 
     @property
     def lr(self) -> float:
-        """The usual rates."""
-        return 2e-4 if self.rank is not None else 2e-5
+        """The learning rate."""
+        return self.rate or (2e-4 if self.rank is not None else 2e-5)
 
 
 # --- texts ---------------------------------------------------------------------------------------------------------

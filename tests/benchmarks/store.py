@@ -39,7 +39,7 @@ from api.views import Progress
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.pareto import front_mask
 from optimizer.ports import Evaluation, Lease
-from optimizer.space import MergeSpace, make_space
+from optimizer.space import MergeSpace, make_merge_space
 from optimizer.spec import JobSpec
 from tests.factories import make_problem, make_spec
 from tests.postgres import find_postgres, run_postgres
@@ -164,7 +164,7 @@ def _fill(store: SqlStore, count: int) -> Lease:
     if lease is None or lease.job_id != job.id:
         raise RuntimeError("the database is not fresh")
     store.start(lease, problem)
-    _Filler(store, spec, make_space(spec, problem), job.id, count).run()
+    _Filler(store, spec, make_merge_space(spec, problem), job.id, count).run()
     return lease
 
 
@@ -179,6 +179,8 @@ class _Filler:
         self.failed = index % _FAILS == 1
         self.duplicate = (index % _REPEATED == 2) & ~np.roll(self.failed, 1)
         self.own = ~self.failed & ~self.duplicate
+        # Eight are in flight, and come back in any order.
+        self.recorded = np.argsort(np.argsort(index + random.integers(0, 8, count)))
         # A concave trade-off, approached slowly: the front gets a few hundred points, as searches' fronts do.
         directions = np.abs(random.normal(size=(count, 3)))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -257,6 +259,7 @@ class _Filler:
         return self._row(index) | {
             "generation": index // 20,
             "told": index // 20 * 20,
+            "phase": 2 * index // self.count,
             "origin": "warm_start" if index < 5 else "algorithm",
             "label": f"start {index}" if index < 5 else None,
             "fingerprint": f"{self._source(index):064x}",
@@ -268,6 +271,7 @@ class _Filler:
             "violation": 0.0,
             "on_front": on_front,
             "failure": {"code": "infeasible", "message": "loss is nan"} if failed else None,
+            "recorded": None if duplicate else int(self.recorded[index]),
             "seconds": {} if duplicate else {"merge": 0.05, "evaluate": 0.7},
             "worker": "" if duplicate else "worker-1",
         }

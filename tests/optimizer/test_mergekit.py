@@ -379,7 +379,7 @@ class TestWriting:
 
     def test_ranges_that_end_with_a_tensor(self) -> None:
         recipe = self.merge("linear", groups=None, breaks=[8], coefficients=[[1.0, 0.0], [0.5, 0.5]])
-        first = LAYOUT.shared[0].name
+        first = LAYOUT.flat[0].name
         assert {
             name for name, row in table(recipe_of(yaml.safe_dump(written(recipe)))).items() if row == (1.0, 0.0)
         } == {first}

@@ -15,6 +15,7 @@ from optimizer.pareto import (
     dominates,
     front_mask,
     hypervolume,
+    hypervolume_contributions,
     nondominated_ranks,
     update_front,
 )
@@ -144,3 +145,43 @@ def test_hypervolume_of_nothing() -> None:
     assert hypervolume(np.empty((0, 2)), np.ones(2)) == 0.0
     assert hypervolume(np.array([[2.0, 0.0]]), np.ones(2)) == 0.0
     assert hypervolume(np.array([[0.25]]), np.ones(1)) == 0.75
+
+
+def exclusive(losses: Losses, reference: Losses) -> list[float]:
+    whole = hypervolume(losses, reference)
+    return [whole - hypervolume(np.delete(losses, place, axis=0), reference) for place in range(len(losses))]
+
+
+@given(loss_tables(max_rows=9))
+def test_contributions_are_what_is_lost_without_a_row(losses: Losses) -> None:
+    """Also with ties, dominated rows, equal rows (which add nothing alone) and rows beyond the reference."""
+    reference = np.full(losses.shape[1], 4.5)
+    random = np.random.Generator(np.random.PCG64(0))
+    found = hypervolume_contributions(losses, reference, random)
+    np.testing.assert_allclose(found, exclusive(losses, reference), atol=1e-9)
+
+
+def test_contributions_of_random_fronts() -> None:
+    random = np.random.Generator(np.random.PCG64(1))
+    for columns, rows in ((2, 60), (3, 25), (4, 12)):
+        losses = random.random((rows, columns))
+        expected = exclusive(losses, np.ones(columns))
+        np.testing.assert_allclose(hypervolume_contributions(losses, np.ones(columns), random), expected, atol=1e-12)
+
+
+def test_exact_contributions_draw_nothing() -> None:
+    random = np.random.Generator(np.random.PCG64(2))
+    before = random.bit_generator.state
+    hypervolume_contributions(np.eye(3), np.full(3, 2.0), random)
+    assert random.bit_generator.state == before
+
+
+def test_contributions_by_throwing_darts() -> None:
+    """Of 30 points in six objectives, too many for the grid; compared with those of a few, of which it is exact."""
+    random = np.random.Generator(np.random.PCG64(3))
+    few = random.random((8, 6)) * 0.5
+    exact = hypervolume_contributions(few, np.ones(6), random)
+    hidden = np.full((22, 6), 0.999)  # these add nothing, but make the grid too large
+    estimate = hypervolume_contributions(np.vstack([few, hidden]), np.ones(6), random)
+    np.testing.assert_allclose(estimate[:8], exact, atol=0.02 * float(np.prod(1 - few.min(axis=0))))
+    assert (estimate[8:] < 1e-3).all()

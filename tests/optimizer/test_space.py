@@ -13,7 +13,7 @@ from optimizer.errors import InvalidInput
 from optimizer.geometry import MODULE_KINDS, Layout, ModuleKind, make_layout
 from optimizer.problem import Problem
 from optimizer.recipe import Leaf, Merge, Recipe, Selector
-from optimizer.space import MergeSpace, SearchSpace, Variable, WarmStart, make_groups, make_space
+from optimizer.space import MergeSpace, SearchSpace, Variable, WarmStart, make_groups, make_merge_space
 from optimizer.spec import CandidateInput, Granularity, JobSpec
 from tests.factories import make_problem, make_spec
 
@@ -82,7 +82,7 @@ def space_of(merge: dict[str, Any] | None = None, **operator: Any) -> tuple[JobS
     problem = Problem.model_validate(
         problem.model_dump() | {"operator": problem.operator.model_dump() | operator, "layout": problem.layout}
     )
-    return spec, make_space(spec, problem)
+    return spec, make_merge_space(spec, problem)
 
 
 VARIED = {

@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from optimizer.errors import InvalidInput, InvalidProblems
 from optimizer.spec import JobSpec, parse_spec
+from tests.factories import make_spec
 
 FULL: dict[str, Any] = {
     "name": "everything said",
@@ -243,3 +244,15 @@ def parts(value: Any) -> Iterator[BaseModel]:
         value = dict(value)
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
         yield from parts(inner)
+
+
+def test_phases_stand_in_place_of_an_algorithm_and_survive_storage() -> None:
+    data = make_spec().model_dump(mode="json", exclude={"algorithm"})
+    phases = [{"algorithm": "random", "share": 0.5}, {"algorithm": {"name": "cma_es"}, "keep_experts": 1}]
+    spec = parse_spec(data | {"phases": phases})
+    assert [phase.algorithm.name for phase in spec.phases] == ["random", "cma_es"]
+    assert parse_spec(spec.model_dump(mode="json")) == spec
+    with pytest.raises(InvalidInput, match="in place of `algorithm`"):
+        parse_spec(data | {"phases": phases, "algorithm": "random"})
+    with pytest.raises(InvalidInput, match="more than 1"):
+        parse_spec(data | {"phases": [phases[0], phases[0] | {"share": 0.6}]})

@@ -73,7 +73,8 @@ def browser_problem(spec: JobSpec) -> Problem:
 
 def score(problem: Problem, recipe: Mapping[str, Any], index: int) -> dict[str, ItemScores]:
     """Return per-item scores: each objective has an optimum of its own near its expert, so they conflict."""
-    means = np.array(recipe["root"]["coefficients"], dtype=np.float64).mean(axis=0)
+    experts = [name for name in problem.models if name != "base"]
+    means = np.array([_share(recipe["root"], name) for name in experts])
     rng = np.random.default_rng(index)
     out = {}
     for number, objective in enumerate(problem.objectives):
@@ -86,6 +87,16 @@ def score(problem: Problem, recipe: Mapping[str, Any], index: int) -> dict[str, 
             values = (rng.random(ITEMS) < 0.95 * np.exp(-distance)).astype(np.float64)
         out[objective.name] = ItemScores(values.astype(np.float32))
     return out
+
+
+def _share(node: Mapping[str, Any], name: str) -> float:
+    """How much of an expert is in a merge: its mean coefficients, multiplied down to it."""
+    if "model" in node:
+        return float(node["model"] == name)
+    means = np.array(node["coefficients"], dtype=np.float64).mean(axis=0).tolist()
+    means *= len(node["inputs"]) // len(means)
+    inputs = sum(weight * _share(child, name) for weight, child in zip(means, node["inputs"], strict=True))
+    return float(inputs) + _share(node["base"], name)
 
 
 class FormulaPool:
@@ -111,6 +122,8 @@ class FormulaPool:
             failure = Failure("infeasible", "loss is nan: 3 of 60 items have no finite score")
             return [Result(task.index, failure=failure, seconds=seconds, worker="formula")]
         scores = score(self._problem, task.recipe, task.index)
+        if task.items is not None:
+            scores = {name: ItemScores(found.values[: task.items]) for name, found in scores.items()}
         return [Result(task.index, scores, seconds=seconds, worker="formula")]
 
     def withdraw(self) -> list[int]:

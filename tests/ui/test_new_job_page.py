@@ -194,7 +194,7 @@ def test_clone_is_prefilled_and_remembers_its_origin(start_service: StartService
     expect(page.get_by_role("heading", name="Clone “three word tasks”")).to_be_visible()
     expect(section(page, "Algorithm").get_by_label("Sigma0")).to_have_value("0.3")
     section(page, "Job").get_by_label("Name").fill("again")
-    section(page, "Algorithm").get_by_label("Sigma0").fill("0.1")  # the default
+    section(page, "Algorithm").get_by_label("Sigma0").fill("")  # the default
     section(page, "Budget").get_by_label("Patience").fill("")
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("again")

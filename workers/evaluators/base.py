@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from optimizer.fitness.aggregate import ItemScores
 from optimizer.problem import EvaluatorInfo
 from optimizer.registry import Registry
 from optimizer.spec import Direction, Objective, Strict
-from workers.data import Rows
+from workers.data import Rows, digest_of
 from workers.evaluators.loading import load_config
 
 
@@ -43,10 +44,13 @@ class Prediction:
         log_likelihoods: shape (draws, classes), float32 or float64: log-probabilities (nats) of each draw's classes. A
             classifier draws once, a language model draws every token from its vocabulary.
         observed: shape (draws,): the class that each draw has in the data.
+        last: whether no later prediction comes from the same forward pass, so that one backward pass can be for all that
+            do.
     """
 
     log_likelihoods: Tensor
     observed: Tensor
+    last: bool = True
 
 
 class Evaluator(ABC):
@@ -109,9 +113,23 @@ class Evaluator(ABC):
         self.options = options
         self._items = len(rows)
         self.digest = rows.digest
+        self._made_from = (options, rows, model_dir, field)
 
     def __len__(self) -> int:
         return self._items
+
+    def subset(self, items: Sequence[int]) -> Self:
+        """Return an evaluator of the same kind over some of the rows, in the order of ``items``."""
+        options, rows, model_dir, field = self._made_from
+        chosen = [rows.items[item] for item in items]
+        places = [rows.places[item] for item in items]
+        part = dataclasses.replace(rows, items=chosen, places=places, digest=digest_of(chosen))
+        return type(self)(options, part, model_dir, field)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `predictions` gives likelihoods, so that their gradients with respect to the weights can be had."""
+        return type(self).predictions is not Evaluator.predictions
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:

@@ -68,8 +68,8 @@ def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 def predictions_of(logits: Tensor, labels: Tensor) -> Iterator[Prediction]:
     """Yield the prediction of each item of a batch; the arguments are those of `scores_of`."""
-    for row, label in zip(log_softmax(logits), labels, strict=True):
-        yield Prediction(row[None], label[None])
+    for number, (row, label) in enumerate(zip(log_softmax(logits), labels, strict=True), start=1):
+        yield Prediction(row[None], label[None], last=number == len(labels))
 
 
 def check_outputs(logits: Tensor, classes: int) -> None:

@@ -213,10 +213,7 @@ def _row(
 
 
 def _offsets(node: Merge, entry: Operator, layout: Layout, where: str) -> dict[str, int]:
-    offsets, total = {}, 0
-    for tensor in layout.shared:
-        offsets[tensor.name] = total
-        total += prod(tensor.shape)
+    offsets, total = layout.offsets(), layout.size
     breaks = node.breaks or []
     if breaks and breaks[-1] >= total:
         raise InvalidInput(f"position {breaks[-1]} is behind the last of {total} parameters", field=f"{where}.breaks")

@@ -140,6 +140,21 @@ class ResidentModels:
             self._models[key] = known or self._build(head, auto_class, data)
         return self._models[key].model
 
+    def parameters(self, head: str | None, auto_class: str) -> dict[str, nn.Parameter] | None:
+        """Return the parameters of `model` (same arguments) that are merged ones, by canonical name, tied ones once.
+
+        None where the model computes some of its parameters from merged ones on loading, which nothing is derived through.
+        """
+        model = self.model(head, auto_class)
+        built = self._models[head, auto_class]
+        found: dict[str, nn.Parameter] = {}
+        for name, shared in built.shared.items():
+            tensor = model.get_parameter_or_buffer(name)
+            # Of two names that were tied on loading one stands for a tensor that the model does not use.
+            if isinstance(tensor, nn.Parameter) and tensor.data_ptr() == self.shared[shared].data_ptr():
+                found[shared] = tensor
+        return None if built.derived else found
+
     def _put_away(self, key: tuple[str | None, str], built: _Built) -> None:
         """Keep a model's modules for the next recipe with such layers, unless they hold weights of their own."""
         if not built.derived:

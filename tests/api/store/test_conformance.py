@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select
+from sqlalchemy import LargeBinary, func, select, type_coerce, update
 
-from api.store.models import Base, ItemScoresRow, JobRow
-from api.store.ports import JobStore
+from api.store import outcomes
+from api.store.columns import utc_now
+from api.store.models import Base, CandidateRow, ItemScoresRow, JobRow
+from api.store.ports import BestCandidates, JobStore
 from api.store.sql import SqlStore
 from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.fitness.aggregate import to_losses
 from optimizer.pareto import front_mask
 from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
-from optimizer.space import make_space
-from optimizer.spec import CandidateInput
+from optimizer.problem import Grams, PlannedPhase
+from optimizer.recipe import Leaf, Merge, Recipe
+from optimizer.space import SPACES, JobSpace, make_space, search_space
+from optimizer.spec import CandidateInput, Strict
 from tests.api.store.helpers import (
     SPACE,
     SPEC,
@@ -69,6 +73,7 @@ class TestJobs:
         assert [group.label for group in view.groups] == ["layer 0", "layer 1", "layer 2", "layer 3"]
         assert view.columns == ["language", "polarity"]
         assert len(view.variables) == 9
+        assert view.parameters == 4 * 2 * 16
         assert view.variables[-1] == {"name": "density", "low": 0, "high": 2, "kind": "choice", "choices": [0.5, 0.9]}
 
     def test_resolved_objectives_are_shown(self, store: SqlStore) -> None:
@@ -123,6 +128,7 @@ class TestJobs:
             lambda: store.get_candidate("none", 0),
             lambda: store.front("none"),
             lambda: store.progression("none"),
+            lambda: store.best("none", 1),
             lambda: store.enqueue("none", CandidateInput(genome=[0.0] * 8)),
             lambda: store.events("none", 0),
             lambda: store.create_export("none", 0, None),
@@ -615,6 +621,8 @@ class TestEvaluations:
             (scored(0, [0.5, 0.5], violation=float("nan")), InvalidInput),
             (scored(0, [0.5, 0.5], items={"other": items([1.0])}), InvalidInput),
             (scored(0, [0.5, 0.5], failure=Failure("x", "y")), InvalidInput),
+            (scored(0, [0.5, 0.5], slopes=np.zeros((2, 3, 4, 4))), InvalidInput),
+            (scored(0, [0.5, 0.5], slopes=np.zeros(8)), InvalidInput),
             (Evaluation(0, None), InvalidInput),
         ]
         for outcome, error in bad:
@@ -757,6 +765,7 @@ class TestPages:
         view = store.front(job_id)
         assert [point.index for point in view.front] == [0, 5]
         assert [(point.index, point.label) for point in view.baselines] == [(0, "s0"), (1, "s1")]
+        assert view.partial == []
         assert [(point.index, point.values) for point in view.dominated] == [(2, [2, 2]), (3, [3, 3]), (4, [1, 1])]
         assert [point.index for point in store.front(job_id, limit=2).dominated] == [2, 4]
         assert store.front(job_id, limit=0).dominated == []
@@ -767,6 +776,291 @@ def walk_from(store: SqlStore, job_id: str, cursor: str | None, **options: Any) 
     page = store.list_candidates(job_id, cursor=cursor, **options)
     assert page.next_cursor is None
     return [item.index for item in page.items]
+
+
+class TestOrder:
+    """`load` returns outcomes in the order in which they were recorded, to the last one."""
+
+    def test_it_is_the_order_of_recording(self, store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        lease = started(store)
+        now = utc_now()
+        monkeypatch.setattr(outcomes, "utc_now", lambda: now)  # all within one millisecond
+        propose(store, lease, 12)
+        store.add_candidates(lease, [repeat(candidate(3), 12)])
+        order = [7, 3, 11, 0, 1, 10, 2, 9, 8, 4, 6, 5]
+        for index in order:
+            outcome = failed(index) if index % 5 == 0 else scored(index, [0.5, 0.5])
+            assert store.add_evaluation(lease, outcome)
+            assert not store.add_evaluation(lease, outcome)
+        assert list(store.load(lease).evaluations) == order
+
+    def test_a_takeover_goes_on_behind_it(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 4)
+        store.add_evaluation(lease, scored(3, [0.5, 0.5]))
+        store.release(lease)
+        again = claimed(store)
+        for index in (2, 0):
+            store.add_evaluation(again, scored(index, [0.5, 0.5]))
+        assert list(store.load(again).evaluations) == [3, 2, 0]
+
+    def test_what_older_versions_recorded_comes_first_by_index(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 6)
+        for index in (4, 0, 2):
+            store.add_evaluation(lease, scored(index, [0.5, 0.5]))
+        with store.write() as session:
+            session.execute(update(CandidateRow).values(recorded=None))
+        for index in (5, 1):
+            store.add_evaluation(lease, scored(index, [0.5, 0.5]))
+        assert list(store.load(lease).evaluations) == [0, 2, 4, 5, 1]
+
+
+class TestPartialEvaluations:
+    def test_the_log_knows_phases_items_and_slopes(self, store: SqlStore) -> None:
+        lease = started(store)
+        written = [candidate(0), candidate(1, phase=2, items=8), candidate(2, phase=3, slopes=True, items=4)]
+        store.add_candidates(lease, written)
+        read = store.load(lease).candidates
+        assert [(c.phase, c.items, c.slopes) for c in read] == [(0, None, False), (2, 8, False), (3, 4, True)]
+        shown = store.list_candidates(lease.job_id).items
+        assert [(c.phase, c.partial) for c in shown] == [(0, None), (2, 8), (3, 4)]
+        view = store.get_candidate(lease.job_id, 1)
+        assert (view.phase, view.partial) == (2, 8)
+
+    def test_they_are_no_match_for_whole_ones(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.add_candidates(
+            lease,
+            [
+                candidate(0, items=5),
+                candidate(1),
+                candidate(2),
+                candidate(3, items=5, origin="warm_start", label="language"),
+            ],
+        )
+        for index, values in enumerate([(1.0, 0.0), (0.6, 0.5), (0.5, 0.6), (1.0, 0.0)]):
+            store.add_evaluation(lease, scored(index, values))
+        job = store.get_job(lease.job_id)
+        assert (job.best, job.progress.front, job.progress.completed) == ([0.6, 0.5], 1, 4)
+        curve = store.progression(lease.job_id)
+        assert (curve.index, curve.best) == ([1], [[0.6, 0.5]])
+        view = store.front(lease.job_id)
+        assert [point.index for point in view.front] == [1]
+        assert view.baselines == []
+        assert [point.index for point in view.dominated] == [2]
+        assert [(point.index, point.partial, point.values) for point in view.partial] == [
+            (0, 5, [1.0, 0.0]),
+            (3, 5, [1.0, 0.0]),
+        ]
+        assert [point.index for point in store.front(lease.job_id, limit=1).partial] == [0]
+        assert [c.index for c in walk(store, lease.job_id, 2, sort="-value", objective="language")] == [1, 2]
+        assert [c.index for c in walk(store, lease.job_id, 2, partial=True)] == [0, 3]
+        assert [c.index for c in walk(store, lease.job_id, 2, partial=False)] == [1, 2]
+        assert [event.data["partial"] for event in store.events(lease.job_id, 0) if "partial" in event.data] == [
+            *(5, None, None, 5)
+        ]
+        assert store.best(lease.job_id, 9).recipes.keys() == {1}
+
+    def test_a_recipe_may_be_measured_in_part_and_as_a_whole(self, store: SqlStore) -> None:
+        lease = started(store)
+        same = candidate(0).fingerprint
+        store.add_candidates(
+            lease,
+            [
+                candidate(0, items=5),
+                candidate(1, fingerprint=same),
+                candidate(2, fingerprint=same, items=4, duplicate_of=0),
+                candidate(3, fingerprint=same, items=4, duplicate_of=1),
+                candidate(4, fingerprint=same, duplicate_of=1),
+            ],
+        )
+        store.add_evaluation(lease, scored(0, [0.9, 0.1]))
+        store.add_evaluation(lease, scored(1, [0.7, 0.3]))
+        store.add_candidates(lease, [candidate(5, fingerprint=same, items=5, duplicate_of=0)])
+        store.add_candidates(lease, [candidate(6, fingerprint=same, items=3, duplicate_of=1)])
+        shown = {c.index: c.values for c in store.list_candidates(lease.job_id).items}
+        part, whole = [0.9, 0.1], [0.7, 0.3]
+        assert shown == {0: part, 1: whole, 2: part, 3: whole, 4: whole, 5: part, 6: whole}
+        # Sorting by value walks along what was measured on all items.
+        by_value = [c.index for c in walk(store, lease.job_id, 2, sort="value", objective="language")]
+        assert by_value == [1, 3, 4, 6]
+
+    @pytest.mark.parametrize("items_", [None, 6])
+    def test_an_original_must_cover_its_duplicates(self, store: SqlStore, items_: int | None) -> None:
+        lease = started(store)
+        original = candidate(0, items=5)
+        store.add_candidates(lease, [original])
+        wrong = candidate(1, fingerprint=original.fingerprint, items=items_, duplicate_of=0)
+        with pytest.raises(Conflict, match="repeats no original"):
+            store.add_candidates(lease, [wrong])
+
+    def test_a_card_says_nothing_of_estimates(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.add_candidates(lease, [candidate(0, items=5)])
+        store.add_evaluation(lease, scored(0, [0.9, 0.1]))
+        store.create_export(lease.job_id, 0, None)
+        task = store.claim_export("worker", TTL)
+        assert task is not None
+        assert task.scores == {}
+
+
+class TestSlopes:
+    def test_they_are_read_back_as_they_were(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 3, slopes=True)
+        slopes = np.random.default_rng(3).normal(size=(2, 2, 4, 4))
+        slopes[0, 0, 0] = [np.nextafter(0.1, 1), -0.0, np.nan, np.inf]
+        store.add_evaluation(lease, scored(1, [0.5, 0.5], slopes=slopes))
+        store.add_evaluation(lease, scored(0, [0.5, 0.5]))
+        assert not store.add_evaluation(lease, scored(0, [0.5, 0.5], slopes=slopes))
+        read = store.load(lease).evaluations
+        assert read[0].slopes is None
+        found = read[1].slopes
+        assert found is not None
+        assert (found.shape, found.dtype, found.tobytes()) == (slopes.shape, slopes.dtype, slopes.tobytes())
+
+    def test_they_are_a_little_endian_array(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 1, slopes=True)
+        slopes = np.arange(8.0).reshape(2, 2, 1, 2)[..., ::-1]
+        store.add_evaluation(lease, scored(0, [0.5, 0.5], slopes=slopes))
+        table = Base.metadata.tables["slopes"]
+        with store.read() as session:
+            stored = session.scalar(select(type_coerce(table.c["values"], LargeBinary)))
+        assert stored == slopes.astype("<f8").tobytes()
+
+
+class TestProblems:
+    def test_grams_are_kept_out_of_views_but_not_of_the_log(self, store: SqlStore) -> None:
+        grams = Grams.pack([0, 64, 128], np.random.default_rng(0).normal(size=(2, 3, 3)))
+        problem = PROBLEM.model_copy(update={"grams": grams})
+        store.create_job(SPEC)
+        lease = claimed(store)
+        store.start(lease, problem)
+        assert store.load(lease).problem == problem
+        assert grams.packed not in everything(store, lease.job_id)
+        with store.read() as session:
+            stored = session.get_one(JobRow, lease.job_id).problem
+        assert stored is not None
+        assert grams.packed not in json.dumps(stored)
+
+    def test_phases_and_which_is_under_way(self, store: SqlStore) -> None:
+        spec = make_spec(phases=[{"algorithm": "random"}, {"algorithm": "cma_es", "keep_experts": 1}])
+        names = ("random", "cma_es", "random")
+        phases = [
+            PlannedPhase(
+                algorithm={"name": name, "options": {"sigma0": 0.2} if name == "cma_es" else {}},
+                evaluations=5,
+                why=f"because of {number}",
+            )
+            for number, name in enumerate(names)
+        ]
+        job, _ = store.create_job(spec)
+        assert (job.algorithm, job.phases) == ("random → cma_es", [])
+        lease = claimed(store)
+        store.start(lease, make_problem(spec).model_copy(update={"phases": phases}))
+
+        def states() -> list[str]:
+            return [phase.state for phase in store.get_job(job.id).phases]
+
+        first, second, _ = store.get_job(job.id).phases
+        assert (first.algorithm, first.evaluations, first.why) == ("random", 5, "because of 0")
+        assert second.options == {"sigma0": 0.2}
+        assert states() == ["under_way", "waiting", "waiting"]
+        store.add_candidates(lease, [candidate(0), candidate(1, phase=1)])
+        assert states() == ["over", "under_way", "waiting"]
+        store.set_state(lease, "completed")
+        assert states() == ["over", "over", "waiting"]
+
+
+class OtherOptions(Strict):
+    """Options of a space that has none."""
+
+
+class OtherSpace(JobSpace):
+    """One without a table and without variables: its genomes are as long as they like."""
+
+    def recipe(self, genome: Any) -> Recipe:
+        if genome.size == 0:
+            raise InvalidInput("an empty genome", field="genome")
+        coefficients = [[float(value), 1.0 - float(value)] for value in genome]
+        breaks = [8 * number for number in range(1, len(genome))]
+        inputs = [Leaf(model=name) for name in self.problem.models if name != "base"]
+        node = Merge(
+            operator="linear", base=Leaf(model="base"), inputs=inputs, breaks=breaks, coefficients=coefficients
+        )
+        return Recipe(models=self.problem.models, root=node)
+
+    def adopt(self, recipe: Recipe) -> None:
+        del recipe
+
+    def uniform(self) -> Any:
+        return np.array([0.5])
+
+    def clip(self, genome: Any) -> Any:
+        return np.clip(genome, 0, 1)
+
+
+@pytest.fixture
+def other_space() -> Iterator[str]:
+    SPACES["other"] if "other" in SPACES else search_space("other", summary="s", reference="r", options=OtherOptions)(
+        lambda spec, problem, options: OtherSpace((), problem)
+    )
+    yield "other"
+
+
+class TestOtherSpaces:
+    def test_a_job_of_another_form(self, store: SqlStore, other_space: str) -> None:
+        spec = make_spec(merge={"operator": "linear", "space": other_space})
+        lease = started(store, spec)
+        view = store.get_job(lease.job_id)
+        assert (view.groups, view.columns, view.variables) == ([], [], [])
+        space = make_space(spec, make_problem(spec))
+        genome = np.array([0.25, 0.5, 0.75])
+        recipe = space.recipe(genome)
+        store.add_candidates(
+            lease, [candidate(0, genome=genome, recipe=recipe.to_json(), fingerprint=recipe.fingerprint)]
+        )
+        assert store.get_candidate(lease.job_id, 0).genome == [0.25, 0.5, 0.75]
+        assert store.enqueue(lease.job_id, CandidateInput(genome=[0.5, 0.5])) == 1
+        assert store.enqueue(lease.job_id, CandidateInput(recipe=recipe.to_json())) == 2
+        for wrong, field in (
+            ({"coefficients": {"language": 1.0}}, "coefficients"),
+            ({"recipe": {"root": {}}}, "recipe"),
+        ):
+            with pytest.raises(InvalidInput) as caught:
+                store.enqueue(lease.job_id, CandidateInput(**wrong))
+            assert str(caught.value.field).startswith(field)
+
+    def test_an_unknown_one_does_not_start(self, store: SqlStore) -> None:
+        spec = make_spec(merge={"space": "none_such"})
+        store.create_job(spec)
+        with pytest.raises(InvalidInput) as caught:
+            store.start(claimed(store), make_problem(spec))
+        assert caught.value.field == "merge.space.name"
+
+
+class TestBest:
+    def test_the_front_by_weighted_loss(self, store: SqlStore) -> None:
+        lease = started(store)
+        assert store.best(lease.job_id, 3).recipes == {}
+        propose(store, lease, 3)
+        store.add_candidates(lease, [candidate(3, label="greedy soup"), candidate(4)])
+        for index, values in enumerate([(0.9, 0.9), (0.8, 0.1), (0.5, 0.05), (0.85, 0.3), (0.1, 0.9)]):
+            store.add_evaluation(lease, scored(index, values))
+        found = store.best(lease.job_id, 3)
+        assert list(found.recipes) == [1, 3, 2]
+        assert found.recipes[3] == candidate(3).recipe
+        assert found.labels == {3: "greedy soup"}
+        assert found.models == PROBLEM.models
+        assert list(store.best(lease.job_id, 1).recipes) == [1]
+
+    def test_of_a_job_that_was_never_begun(self, store: SqlStore) -> None:
+        job, _ = store.create_job(SPEC)
+        assert store.best(job.id, 3) == BestCandidates({}, {}, {})
+        with pytest.raises(NotFound):
+            store.best("none", 3)
 
 
 class TestEnqueued:
@@ -810,7 +1104,7 @@ class TestEvents:
     def test_everything_is_told_in_order(self, store: SqlStore) -> None:
         lease = started(store)
         store.add_candidates(lease, [candidate(i, origin="warm_start", generation=-1) for i in range(2)])
-        propose(store, lease, 2, first=2, generation=0)
+        store.add_candidates(lease, [candidate(2, generation=0), candidate(3, generation=0, phase=1, label="soup")])
         store.add_evaluation(lease, scored(1, [0.5, 0.25]))
         store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.reject_enqueued(lease, 1, Failure("invalid_input", "too short"))
@@ -820,8 +1114,9 @@ class TestEvents:
         assert [(event.type, event.data) for event in told] == [
             ("job.state", {"state": "queued", "reason": None}),
             ("job.state", {"state": "running", "reason": None}),
-            ("candidates.proposed", {"first": 0, "count": 2, "generation": -1, "origin": "warm_start"}),
-            ("candidates.proposed", {"first": 2, "count": 2, "generation": 0, "origin": "algorithm"}),
+            ("candidates.proposed", {"first": 0, "count": 2, "phase": 0, "generation": -1, "origin": "warm_start"}),
+            ("candidates.proposed", {"first": 2, "count": 1, "phase": 0, "generation": 0, "origin": "algorithm"}),
+            ("candidates.proposed", {"first": 3, "count": 1, "phase": 1, "generation": 0, "origin": "algorithm"}),
             (
                 "candidate.evaluated",
                 {
@@ -830,6 +1125,8 @@ class TestEvents:
                     "values": [0.5, 0.25],
                     "violation": 0.0,
                     "on_front": True,
+                    "label": None,
+                    "partial": None,
                     "progress": store.get_job(lease.job_id).progress.model_dump(mode="json"),
                 },
             ),
@@ -936,7 +1233,9 @@ class TestDeletion:
         lease = started(store)
         original = propose(store, lease, 2)[0]
         store.add_candidates(lease, [repeat(original, 2)])
-        store.add_evaluation(lease, scored(0, [0.5, 0.5], items={"language": items([1.0])}))
+        store.add_evaluation(
+            lease, scored(0, [0.5, 0.5], items={"language": items([1.0])}, slopes=np.ones((2, 2, 1, 4)))
+        )
         store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.create_export(lease.job_id, 0, None)
         task = store.claim_export("worker", TTL)

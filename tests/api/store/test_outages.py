@@ -135,12 +135,13 @@ def test_sqlite_locked_for_too_long(sqlite_url: str, monkeypatch: pytest.MonkeyP
 
 def test_sqlite_on_a_full_disk(sqlite_url: str) -> None:
     store = SqlStore(sqlite_url)
+    lease = started(store)
 
     @event.listens_for(store.engine, "connect")
     def limit(connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA max_page_count=1")  # as many as there are: none may be added
 
-    lease = started(store)
+    store.close()  # the next connections are limited
     with pytest.raises(Unavailable):
         propose(store, lease, 1000)
     assert store.get_job(lease.job_id).progress.proposed == 0

@@ -74,7 +74,7 @@ def drive(
     foreign: Sequence[Genome] = (),
     every: int = 0,
 ) -> Log:
-    """Run ``count`` own candidates and return every call with what came of it.
+    """Run ``count`` own candidates, or as many as there are, and return every call with what came of it.
 
     Args:
         evaluate: from index, genome and whether it is the algorithm's own, to the outcome.
@@ -92,7 +92,9 @@ def drive(
         room = min((window or algorithm.batch_size) - len(flying), count - own)
         proposals = algorithm.ask(room) if room > 0 else []
         assert len(proposals) <= max(room, 0)
-        assert proposals or flying, f"{algorithm.name} waits although it has been told everything"
+        if not proposals and not flying:
+            assert algorithm.stop_reason, f"{algorithm.name} waits although it has been told everything"
+            break
         if proposals:
             log.append(Ask(room, proposals))
         for proposal in proposals:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from optimizer.algorithms import Outcome
-from optimizer.space import Genome
+from optimizer.space import Genome, SearchSpace, Variable
 from tests.optimizer.algorithms.driving import (
     Case,
     best_loss,
@@ -228,3 +228,194 @@ def test_no_file_in_the_working_directory_steers_it(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     assert same(proposals_of(drive(CMA.make(make_context(reals(3))), clean(smooth(reals(3))), 60)), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["cma_signals.in"]
+
+
+# --- what earlier searches found ----------------------------------------------------------------------------------------
+
+
+def earlier(spread: float, count: int = 200) -> list[Outcome]:
+    """Candidates around (0.2, 0.8), five times as wide along the first axis as are the lines of equal loss."""
+    random = np.random.Generator(np.random.PCG64(0))
+    centre = np.array([0.2, 0.8])
+    steps = spread * random.standard_normal((count, 2))
+    return [guest(k, list(centre + step * [1.0, 0.2]), float(np.square(step).sum())) for k, step in enumerate(steps)]
+
+
+def first_generation(options: dict[str, Any], known: list[Outcome]) -> Genome:
+    algorithm = Case("cma_es", {"population": 1000, **options}).make(make_context(reals(2)))
+    for outcome in known:
+        algorithm.tell(outcome)
+    return np.array([proposal.genome for proposal in algorithm.ask(1000)])
+
+
+def test_an_earlier_search_gives_mean_and_spread() -> None:
+    stds = {
+        option: first_generation({"warm_start": option}, earlier(0.3)).std(axis=0)
+        for option in ("mean", "distribution")
+    }
+    np.testing.assert_allclose(stds["mean"], 0.2, rtol=0.25)
+    assert (stds["distribution"] < 0.6 * stds["mean"]).all(), "the best lie closer together than the first step"
+    assert stds["distribution"][0] > 1.1 * stds["distribution"][1]
+    for option in ("mean", "distribution"):
+        np.testing.assert_allclose(
+            first_generation({"warm_start": option}, earlier(0.3)).mean(axis=0), [0.2, 0.8], atol=0.06
+        )
+
+
+def test_the_spread_never_exceeds_sigma0_and_needs_enough() -> None:
+    wide = first_generation({"warm_start": "distribution", "sigma0": 0.05}, earlier(3.0))
+    assert np.sqrt(np.square(wide.std(axis=0)).mean()) < 0.13, "0.05 of a range of 2"
+    few = earlier(0.01, count=40)
+    assert (
+        first_generation({"warm_start": "distribution"}, few) == first_generation({"warm_start": "mean"}, few)
+    ).all()
+
+
+def test_full_covariance_begins_with_the_directions_of_the_best() -> None:
+    random = np.random.Generator(np.random.PCG64(1))
+    along = 0.05 * random.standard_normal(300)
+    rows = np.stack([0.5 + along, 0.5 + along + 0.002 * random.standard_normal(300)], axis=1)
+    known = [guest(k, list(row), float(abs(row[0] - 0.5) < 0.02)) for k, row in enumerate(rows)]
+    genomes = first_generation({"covariance": "full"}, known)
+    assert np.corrcoef(genomes.T)[0, 1] > 0.1
+
+
+def test_what_is_known_can_be_left_aside() -> None:
+    start = make_context(reals(2)).start
+    np.testing.assert_allclose(first_generation({"warm_start": "none"}, earlier(0.01)).mean(axis=0), start, atol=0.06)
+
+
+def test_the_spread_helps_to_go_on_from_a_search_that_came_close() -> None:
+    space = reals(8)
+    rotation, _ = np.linalg.qr(np.random.Generator(np.random.PCG64(0)).normal(size=(8, 8)))
+
+    def losses(genome: Genome) -> NDArray[np.float64]:
+        return np.array([np.square(rotation @ (genome - 0.4)) @ np.logspace(0, 3, 8)])
+
+    def best(option: str, seed: int) -> float:
+        context = make_context(space, seed=seed, budget=300)
+        known = outcomes_of(drive(CMA.make(context), clean(losses), 300))
+        algorithm = Case("cma_es", {"warm_start": option}).make(replace(context, seed=seed + 100, budget=100))
+        for outcome in known:
+            algorithm.tell(replace(outcome, own=False))
+        return best_loss(drive(algorithm, clean(losses), 100))
+
+    found = {option: float(np.median([best(option, seed) for seed in range(5)])) for option in ("mean", "distribution")}
+    assert found["distribution"] < 0.7 * found["mean"]
+
+
+def test_partial_outcomes_of_others_are_ignored() -> None:
+    space = reals(3)
+    plain, told = CMA.make(make_context(space)), CMA.make(make_context(space))
+    for index in range(60):
+        told.tell(replace(guest(index, [1.0, 1.0, 1.0], -9.0), items=20))
+    assert same(plain.ask(7), told.ask(7))
+
+
+# --- generations that do not wait ---------------------------------------------------------------------------------------
+
+
+def test_a_generation_closes_after_its_share_once_all_are_out() -> None:
+    space = reals(3)
+    losses = smooth(space)
+    algorithm = Case("cma_es", {"population": 10, "close_after": 0.7}).make(make_context(space))
+    first = algorithm.ask(8)
+    for index in range(7):
+        algorithm.tell(Outcome(index, first[index].genome, losses(first[index].genome)))
+    assert [proposal.generation for proposal in algorithm.ask(9)] == [0, 0], "the rest of it goes out first"
+    assert [proposal.generation for proposal in algorithm.ask(4)] == [1, 1, 1, 1]
+
+
+def test_more_than_half_is_always_awaited() -> None:
+    space = reals(3)
+    algorithm = Case("cma_es", {"population": 10, "close_after": 0.5}).make(make_context(space))
+    batch = algorithm.ask(10)
+    for index in range(5):
+        algorithm.tell(Outcome(index, batch[index].genome, np.array([1.0 + index])))
+    assert algorithm.ask(1) == []
+    algorithm.tell(Outcome(5, batch[5].genome, np.array([9.0])))
+    assert len(algorithm.ask(1)) == 1
+
+
+def test_latecomers_count_in_the_next_generation() -> None:
+    """Whether the last three of the first generation were good or bad shows only after the second."""
+    space = reals(3)
+
+    def third(late: float) -> list[Any]:
+        algorithm = Case("cma_es", {"population": 10, "close_after": 0.7}).make(make_context(space))
+        first = algorithm.ask(10)
+        for index in range(7):
+            algorithm.tell(Outcome(index, first[index].genome, np.array([1.0 + index])))
+        second = algorithm.ask(10)
+        for index in range(7, 10):
+            algorithm.tell(Outcome(index, first[index].genome, np.array([late])))
+        for index in range(7):
+            algorithm.tell(Outcome(10 + index, second[index].genome, np.array([1.0 + index])))
+        return [*second, *algorithm.ask(10)]
+
+    good, bad = third(-5.0), third(50.0)
+    assert same(good[:10], bad[:10])
+    assert not same(good[10:], bad[10:])
+
+
+def test_any_order_of_outcomes_works() -> None:
+    """As asynchronous jobs tell them, with some that take very long."""
+    space = reals(6)
+    losses = smooth(space)
+    for share in (1.0, 0.75):
+        algorithm = Case("cma_es", {"close_after": share}).make(make_context(space, parallel=6))
+        random = np.random.Generator(np.random.PCG64(0))
+        flying: list[tuple[float, int, Genome]] = []
+        index, time, best = 0, 0.0, np.inf
+        while index < 500:
+            for proposal in algorithm.ask(6 - len(flying)):
+                flying.append((time + float(random.lognormal()), index, proposal.genome))
+                index += 1
+            time, number, genome = flying.pop(flying.index(min(flying, key=lambda entry: entry[0])))
+            best = min(best, float(losses(genome)[0]))
+            algorithm.tell(Outcome(number, genome, losses(genome)))
+        assert best < 1e-4
+
+
+# --- many variables, integers, choices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dim", "expected"), [(10, 0.1), (150, 0.1), (600, 0.05), (2400, 0.025)])
+def test_first_step_shrinks_with_many_variables(dim: int, expected: float) -> None:
+    space = reals(dim, 0.0, 1.0)
+    proposals = CMA.make(make_context(space, parallel=32)).ask(32)
+    assert np.std([proposal.genome for proposal in proposals], axis=0).mean() == pytest.approx(expected, rel=0.1)
+
+
+def test_choices_are_learned_without_an_order() -> None:
+    """The best choice of ten stands between bad ones, differently for each variable."""
+    best = [4, 0, 2, 3, 1, 4, 2, 0, 1, 3]
+    words = ("a", "b", "c", "d", "e")
+    space = SearchSpace((*(Variable(f"c{k}", 0.0, 5.0, "choice", words) for k in range(10)), Variable("x", 0.0, 1.0)))
+
+    def losses(genome: Genome) -> NDArray[np.float64]:
+        wrong = np.floor(genome[:10]) != best
+        return np.array([wrong.sum() + abs(genome[10] - 0.7)])
+
+    log = drive(CMA.make(make_context(space, budget=400)), clean(losses), 400)
+    assert best_loss(log) < 1.0
+    assert all((proposal.genome[:10] % 1 == 0.5).all() for proposal in proposals_of(log))
+
+
+def test_choices_alone() -> None:
+    space = SearchSpace(tuple(Variable(f"c{k}", 0.0, 2.0, "choice", (False, True)) for k in range(20)))
+    log = drive(CMA.make(make_context(space, budget=300)), clean(lambda genome: np.array([(genome < 1).sum()])), 300)
+    assert best_loss(log) == 0.0
+
+
+def test_integers_at_the_bounds_keep_their_margin() -> None:
+    """All losses pull towards an outermost value."""
+    space = SearchSpace((*(Variable(f"i{k}", 0.0, 1.0, "integer") for k in range(4)), Variable("x", 0.0, 1.0)))
+
+    def losses(genome: Genome) -> NDArray[np.float64]:
+        return np.array([np.round(genome[:4]).sum() + abs(genome[4] - 0.5)])
+
+    log = drive(CMA.make(make_context(space, budget=None)), clean(losses), 1200)
+    late = np.round([proposal.genome[:4] for proposal in proposals_of(log)[-600:]])
+    assert (late.max(axis=0) == 1).all(), "no value is lost for good"
+    assert late.mean() < 0.2

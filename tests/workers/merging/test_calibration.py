@@ -327,14 +327,14 @@ def test_ranges_of_fisher_merging_may_cut_through_a_tensor(models: Models, root:
     tables = [[0.6, 0.3], [0.1, 0.8]]
     left, right = (merged(models, recipe_of(models, "fisher", row), measurements) for row in tables)
     plain = recipe_of(models, "fisher", [0.5, 0.5])
-    first, second = models[1].shared[:2]
+    first, second, *others = models[1].flat
     place = left[first.name].numel() + 7  # within the second parameter
     node = plain.root.model_copy(update={"groups": None, "breaks": [place], "coefficients": tables})
     found = merged(models, plain.model_copy(update={"root": node}), measurements)
     flat = torch.cat([left[second.name].flatten()[:7], right[second.name].flatten()[7:]])
     assert torch.equal(found[first.name], left[first.name])
     assert torch.equal(found[second.name].flatten(), flat)
-    assert all(torch.equal(found[tensor.name], right[tensor.name]) for tensor in models[1].shared[2:])
+    assert all(torch.equal(found[tensor.name], right[tensor.name]) for tensor in others)
 
 
 def test_regmean_of_real_models_brings_outputs_closer_than_the_average(models: Models, root: Path) -> None:

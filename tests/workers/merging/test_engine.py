@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -209,7 +208,7 @@ def test_tied_embeddings_count_once(tmp_path: Path) -> None:
 
 
 def flat(tensors: Mapping[str, Tensor], engine: MergeEngine) -> Tensor:
-    return torch.cat([tensors[tensor.name].reshape(-1) for tensor in engine.layout.shared])
+    return torch.cat([tensors[tensor.name].reshape(-1) for tensor in engine.layout.flat])
 
 
 def model(engine: MergeEngine, name: str) -> dict[str, Tensor]:
@@ -228,7 +227,7 @@ class TestRanges:
     @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_each_element_has_the_row_of_its_range(self, engine: MergeEngine, data: st.DataObject) -> None:
         base, one, two = (flat(model(engine, name), engine).double() for name in engine.checkpoints)
-        edges = list(np.cumsum([math.prod(tensor.shape) for tensor in engine.layout.shared])[:-1])
+        edges = list(engine.layout.offsets().values())[1:]
         position = st.integers(1, len(base) - 1) | st.sampled_from([int(edge) for edge in edges])
         breaks = sorted(data.draw(st.sets(position, max_size=30)))
         rows = [(data.draw(st.floats(-1, 1)), data.draw(st.floats(-1, 1))) for _ in range(len(breaks) + 1)]
@@ -268,7 +267,7 @@ class TestRanges:
     def test_operators_on_whole_tensors_cannot_be_cut(self, engine: MergeEngine) -> None:
         found = (entry.info for entry in OPERATORS.values() if not entry.info.elementwise)
         info = next(info for info in found if info.min_experts <= 2 <= (info.max_experts or 2))
-        first = math.prod(engine.layout.shared[0].shape)
+        first = math.prod(engine.layout.flat[0].shape)
         rows = [[0.5] * (2 if info.columns == "per_expert" else 1)] * 2
         engine.check(ranged(engine, [first], rows, operator=info.name))
         with pytest.raises(InvalidInput, match="whole tensors") as caught:

@@ -115,9 +115,7 @@ class TestWhatStandsWhere:
         out = applied(engine, planned(models, [PlannedLayer(layer=3), PlannedLayer(layer=2)], root))
         assert torch.equal(out[UP.format(0)], raw(models, "one", UP.format(3)))
         assert torch.equal(out[UP.format(1)], raw(models, "base", UP.format(2)))
-        names = [tensor.name for tensor in models[1].shared]
-        begin = sum(tensor.shape[0] * tensor.shape[-1] if len(tensor.shape) > 1 else tensor.shape[0]
-                    for tensor in models[1].shared[: names.index(UP.format(3))])  # fmt: skip
+        begin = models[1].offsets()[UP.format(3)]
         root = Merge(operator="linear", base=BASE, inputs=[BASE, ONE], breaks=[begin], coefficients=[[1, 0], [0, 1]])
         out = applied(engine, planned(models, [PlannedLayer(layer=3), PlannedLayer(layer=2)], root))
         assert torch.equal(out[UP.format(0)], raw(models, "one", UP.format(3)))

@@ -303,7 +303,7 @@ def test_ranges_may_cut_through_a_matrix(name: str, paths: Path) -> None:
     cut = plain.root.model_copy(update={"groups": None, "breaks": breaks, "coefficients": [row, other, row, other]})
     found = apply(engine, plain.model_copy(update={"root": cut}))
     halves = apply(engine, plain), apply(engine, candidate(engine, name, 0.125))
-    flat = [torch.cat([part[tensor.name].flatten() for tensor in engine.layout.shared]) for part in (found, *halves)]
+    flat = [torch.cat([part[tensor.name].flatten() for tensor in engine.layout.flat]) for part in (found, *halves)]
     begins = [0, *breaks]
     for number, (begin, end) in enumerate(zip(begins, [*breaks, None], strict=True)):
         assert torch.equal(flat[0][begin:end], flat[1 + number % 2][begin:end])

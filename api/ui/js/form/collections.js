@@ -144,6 +144,7 @@ export function optionalWidget(schema, context) {
 export function listWidget(schema, context) {
   const item = resolve(schema.items, context.defs).schema;
   const isObject = Boolean(item.properties);
+  const mayBeAbsent = !context.required && defaultOf(schema) === undefined;
   const name = singular(context.path.split(".").filter((part) => part !== "*").at(-1));
   const items = [];
   const box = h("div", { class: isObject ? "list cards" : "list" });
@@ -196,7 +197,7 @@ export function listWidget(schema, context) {
     check: () => {
       framed.clear();
       const bad = items.flatMap((entry) => entry.widget.check());
-      if (items.length >= (schema.minItems ?? 0)) return bad;
+      if (items.length >= (schema.minItems ?? 0) || (mayBeAbsent && !items.length)) return bad;
       framed.fail(`At least ${schema.minItems} ${schema.minItems === 1 ? name : context.text.toLowerCase()} is needed.`);
       return [widget, ...bad];
     },
@@ -206,11 +207,15 @@ export function listWidget(schema, context) {
     },
     fail: framed.fail,
     focus: () => add.focus(),
-    read: () => items.map((entry) => entry.widget.read()).filter((value) => value !== undefined),
+    read: () => {
+      const values = items.map((entry) => entry.widget.read()).filter((value) => value !== undefined);
+      return mayBeAbsent && !values.length ? undefined : values;
+    },
     write: (values) => {
       items.length = 0;
       box.replaceChildren();
       for (const value of values ?? []) insert(value);
+      if (items.length && framed.node.tagName === "DETAILS") framed.node.open = true;
       while (isObject && items.length < (schema.minItems ?? 0)) insert(undefined);
     },
   };

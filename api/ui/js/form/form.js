@@ -1,6 +1,6 @@
 // The form of a job spec, made from its JSON schema and the registries.
 
-import { label } from "../core/format.js";
+import { label, plural } from "../core/format.js";
 import { dictWidget, flagsWidget, listWidget, objectWidget, optionalWidget } from "./collections.js";
 import { optionsWidget, registryWidget, rolesWidget } from "./options.js";
 import { checkboxWidget, choiceWidget, enumWidget, jsonWidget, numbersWidget, numberWidget, scalarWidget, textWidget } from "./scalars.js";
@@ -13,7 +13,8 @@ const WIDGETS = {
 };
 
 /**
- * Make the form. `registries` = { algorithms, operators, evaluators }, as their routes answer.
+ * Make the form. `registries` = { algorithms, spaces, operators, evaluators }, as their routes answer, and `jobs` that a new
+ * one may begin with.
  * Returns { node, read, write, check, clear, problems }.
  */
 export function jobForm(schema, registries) {
@@ -33,18 +34,27 @@ export function jobForm(schema, registries) {
   const refreshHeads = () => {
     for (const head of heads) head.fill(experts().map((name) => [name, name]));
   };
+  // Phases stand in place of the algorithm: the form shows one of the two.
+  const hasPhases = () => (root.child("phases")?.read() ?? []).length > 0;
+  const refresh = () => {
+    refreshHeads();
+    root.child("algorithm").node.hidden = hasPhases();
+  };
   const special = specials(registries, heads, experts);
-  root = make(schema, { path: "", text: label("job"), required: true, depth: 0, bare: true, defs, make, wire: special.wire, changed: () => refreshHeads() });
+  root = make(schema, { path: "", text: label("job"), required: true, depth: 0, bare: true, defs, make, wire: special.wire, changed: () => refresh() });
   root.node.addEventListener("input", (event) => {
     if (event.target.closest(".item")) refreshHeads();
   });
 
   return {
     node: root.node,
-    read: () => root.read(),
+    read: () => {
+      const { algorithm, ...spec } = root.read();
+      return hasPhases() || algorithm === undefined ? spec : { ...spec, algorithm };
+    },
     write: (spec) => {
       root.write(spec);
-      refreshHeads();
+      refresh();
     },
     clear: () => root.clear(),
     check: () => root.check(),
@@ -62,6 +72,11 @@ function specials(registries, heads, experts) {
   const fields = {
     "algorithm.name": registry("algorithms"),
     "algorithm.options": options(null),
+    "phases.*.algorithm.name": registry("algorithms"),
+    "phases.*.algorithm.options": options(null),
+    "merge.space.name": registry("spaces"),
+    "merge.space.options": options(null),
+    "warm_starts.jobs.*": (schema, context) => choiceWidget(schema, context, registries.jobs.map((job) => [job.id, jobText(job)])),
     "merge.operator": some((one) => one.max_experts !== 1),
     "merge.options": options(differs),
     "merge.modifiers.*.operator": some((one) => one.modifier),
@@ -76,8 +91,11 @@ function specials(registries, heads, experts) {
       return widget;
     },
   };
+  const named = (widget) => widget.child("name").onEntry?.((entry) => widget.child("options").use(entry));
   const wires = {
-    algorithm: (widget) => widget.child("name").onEntry?.((entry) => widget.child("options").use(entry)),
+    algorithm: named,
+    "phases.*.algorithm": named,
+    "merge.space": named,
     merge: (widget) => widget.child("operator").onEntry?.((entry) => widget.child("options").use(entry)),
     "merge.modifiers.*": (widget) => widget.child("operator").onEntry?.((entry) => widget.child("options").use(entry)),
     "objectives.*": (widget) => widget.child("evaluator").onEntry?.((entry) => {
@@ -88,6 +106,8 @@ function specials(registries, heads, experts) {
   };
   return { fields, wire: (path, widget) => wires[path]?.(widget) };
 }
+
+const jobText = (job) => `${job.name} · ${job.state}, ${plural(job.progress.front, "candidate")} on the front · ${job.id.slice(0, 6)}`;
 
 /** Find the field of a dotted path; parts that are no fields (pydantic names the variants it tried) are passed over. */
 function find(root, path) {

@@ -1,9 +1,9 @@
 // The selected candidate: scores, origin, coefficients, items, recipe.
 
 import { button, card, h, replace } from "../core/dom.js";
-import { dateTime, duration, objectiveTitle, score } from "../core/format.js";
+import { dateTime, duration, objectiveTitle, plural, score } from "../core/format.js";
 import { copyText } from "../core/notify.js";
-import { tables } from "./coefficients.js";
+import { layerPlan, tables } from "./coefficients.js";
 import { heatmap } from "./heatmap.js";
 import { itemScores } from "./items.js";
 
@@ -62,6 +62,7 @@ function heading(candidate) {
     h("h3", null, `#${candidate.index}${candidate.label ? ` · ${candidate.label}` : ""}`),
     candidate.on_front && h("span", { class: "badge", "data-tone": "accent" }, "on the front"),
     candidate.state !== "completed" && h("span", { class: "badge", "data-tone": candidate.state === "failed" ? "bad" : "neutral" }, candidate.state),
+    candidate.partial !== null && h("span", { class: "badge", title: "Estimates, which join no front" }, `measured on ${plural(candidate.partial, "item")} of each objective`),
     candidate.violation > 0 && h("span", { class: "badge", "data-tone": "warn" }, `violates constraints by ${score(candidate.violation)}`),
   );
 }
@@ -78,7 +79,9 @@ function values(model, candidate) {
 function facts(model, candidate) {
   const seconds = Object.entries(candidate.seconds).map(([part, value]) => `${part} ${duration(value)}`).join(", ");
   const links = (indices) => indices.map((index, i) => [i ? ", " : "", h("button", { type: "button", class: "link", onclick: () => model.select(index) }, `#${index}`)]);
+  const { phases } = model.job;
   const rows = [
+    phases.length > 1 && ["Phase", `${candidate.phase + 1} of ${phases.length}${phases[candidate.phase] ? `, ${phases[candidate.phase].algorithm}` : ""}`],
     ["Origin", ORIGINS[candidate.origin] + (candidate.generation >= 0 ? `, generation ${candidate.generation}` : "")],
     candidate.duplicate_of !== null && ["Same as", links([candidate.duplicate_of])],
     candidate.parents.length > 0 && ["Parents", links(candidate.parents)],
@@ -92,12 +95,23 @@ function facts(model, candidate) {
 
 function coefficients(model, candidate) {
   const found = tables(model.job, candidate.recipe);
-  if (!found.length) return h("p", { class: "muted" }, `This candidate is the model “${candidate.recipe.root?.model}” as it is.`);
+  const plan = layerPlan(candidate.recipe);
+  if (!found.length && !plan.length) return h("p", { class: "muted" }, `This candidate is the model “${candidate.recipe.root?.model}” as it is.`);
   const options = Object.entries(candidate.recipe.root.options ?? {}).map(([name, value]) => `${name} = ${value}`);
   return h("section", null,
+    plan.length > 0 && layers(plan),
     found.slice(0, MOST_TABLES).map((table) => [h("h4", null, found.length > 1 ? `Coefficients of ${table.operator}` : "Coefficients"), heatmap(table)]),
     found.length > MOST_TABLES && h("p", { class: "small muted" }, `${found.length - MOST_TABLES} more tables are in the recipe.`),
     options.length > 0 && h("p", { class: "small" }, h("span", { class: "muted" }, "Options: "), options.join(", ")));
+}
+
+/** What stands at each depth of a model whose layers are rearranged. */
+function layers(plan) {
+  return h("details", { class: "fold", open: plan.length <= 16 }, h("summary", null, plural(plan.length, "layer")),
+    h("div", { class: "scroll table-box plan", tabindex: "0", role: "group", "aria-label": "Layers of the merged model" },
+      h("table", { class: "grid" },
+        h("thead", null, h("tr", null, ["Depth", "Made of", "Scale"].map((name) => h("th", { scope: "col" }, name)))),
+        h("tbody", null, plan.map((one) => h("tr", null, h("td", null, one.depth), h("td", null, one.from), h("td", { class: "num" }, score(one.scale))))))));
 }
 
 function items(model, candidate) {

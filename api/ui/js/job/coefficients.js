@@ -1,5 +1,7 @@
 // Coefficient tables of recipes: which rows and columns they have, and their means.
 
+import { count } from "../core/format.js";
+
 /** A group's name as the server writes it: "layer 3 · mlp". */
 export function groupLabel({ positions, modules, tensors }) {
   const parts = [];
@@ -17,8 +19,15 @@ export function groupLabel({ positions, modules, tensors }) {
 /** Names of a table's rows: groups of parameters, or ranges of the flat vector of all. */
 function rowNames(node) {
   if (node.groups) return node.groups.map(groupLabel);
-  const ends = [...node.breaks, "end"];
+  const ends = [...node.breaks.map(count), "end"];
   return ends.map((end, i) => `parameters ${i ? ends[i - 1] : 0} to ${end}`);
+}
+
+/** Where the ranges of the flat vector begin and end: 0, …, number of parameters; null for groups. */
+function edges(node, job) {
+  if (!node.breaks) return null;
+  const last = node.breaks.at(-1) ?? 0;
+  return [0, ...node.breaks, Math.max(job.parameters ?? 0, last + 1)];
 }
 
 const isMerge = (node) => Array.isArray(node?.coefficients);
@@ -35,7 +44,7 @@ function columnNames(node, job) {
   return Array.from({ length: width }, (_, i) => `coefficient ${i + 1}`);
 }
 
-/** Every table of a recipe, the outermost first: [{ operator, rows, columns, values }]. */
+/** Every table of a recipe, the outermost first: [{ operator, rows, edges, columns, values }]. */
 export function tables(job, recipe) {
   const found = [];
   const visit = (node) => {
@@ -43,17 +52,27 @@ export function tables(job, recipe) {
     found.push({
       operator: node.operator,
       rows: rowNames(node),
+      edges: edges(node, job),
       columns: columnNames(node, job),
       values: node.coefficients,
     });
     for (const [name, values] of Object.entries(node.tables ?? {})) {
-      found.push({ operator: `${node.operator} ${name}`, rows: rowNames(node), columns: values[0].length === 1 ? [name] : node.inputs.map(inputName), values });
+      found.push({ operator: `${node.operator} ${name}`, rows: rowNames(node), edges: edges(node, job), columns: values[0].length === 1 ? [name] : node.inputs.map(inputName), values });
     }
     visit(node.base);
     node.inputs.forEach(visit);
   };
   visit(recipe.root);
+  for (const planned of recipe.layers ?? []) visit(planned.node);
   return found;
+}
+
+/** The layers of a recipe that rearranges them: [{ depth, from, scale }]; empty where they stay as they are. */
+export function layerPlan(recipe) {
+  return (recipe.layers ?? []).map(({ layer, node, scale }, depth) => {
+    const source = node ?? recipe.root;
+    return { depth, from: `layer ${source.layer ?? layer} of ${isMerge(source) ? `a ${source.operator} merge` : source.model}`, scale: scale ?? 1 };
+  });
 }
 
 /** The table that the search varies: the first with the job's columns (modifiers may stand around it). */
@@ -66,8 +85,10 @@ export function searchedTable(job, recipe) {
 export function coefficientMeans(job, candidate) {
   const table = searchedTable(job, candidate.recipe);
   if (!table) return {};
+  const sizes = table.edges ? table.edges.slice(1).map((end, i) => end - table.edges[i]) : table.values.map(() => 1);
+  const whole = sizes.reduce((total, size) => total + size, 0);
   return Object.fromEntries(table.columns.map((name, i) => {
-    const sum = table.values.reduce((total, row) => total + row[i], 0);
-    return [name, sum / table.values.length];
+    const sum = table.values.reduce((total, row, k) => total + sizes[k] * row[i], 0);
+    return [name, sum / whole];
   }));
 }

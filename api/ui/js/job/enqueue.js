@@ -16,7 +16,10 @@ function numbers(text, what) {
 
 /** Ask for a candidate and enqueue it. */
 export function enqueueDialog(model) {
-  const names = model.job.columns.length ? model.job.columns : (model.job.spec.experts ?? []).map((expert) => expert.name);
+  const { columns: known, parameters, spec } = model.job;
+  const prepared = parameters !== null;
+  const names = known.length || prepared ? known : (spec.experts ?? []).map((expert) => expert.name);
+  const modes = MODES.filter(([key]) => key !== "coefficients" || names.length); // some search spaces have none
   const ids = Object.fromEntries(["label", "genome", "recipe"].map((name) => [name, uid("enqueue")]));
   const label = h("input", { id: ids.label, maxlength: 100, autocomplete: "off" });
   const columns = new Map(names.map((name) => [name, h("input", { id: uid("enqueue"), inputmode: "text", autocomplete: "off", placeholder: "0" })]));
@@ -30,11 +33,11 @@ export function enqueueDialog(model) {
     genome: h("div", { class: "field" }, h("label", { for: ids.genome }, "Genome"), genome, h("p", { class: "help" }, `The search vector: ${model.job.variables.length || "all"} numbers in the job's order.`)),
     recipe: h("div", { class: "field" }, h("label", { for: ids.recipe }, "Recipe (JSON)"), recipe, h("p", { class: "help" }, "A complete recipe over the job's models, as a candidate's page shows it.")),
   };
-  let mode = "coefficients";
-  const buttons = MODES.map(([key, text]) => h("button", { type: "button", "aria-pressed": String(key === mode), onclick: () => choose(key) }, text));
+  let mode = modes[0][0];
+  const buttons = modes.map(([key, text]) => h("button", { type: "button", "aria-pressed": String(key === mode), onclick: () => choose(key) }, text));
   const choose = (key) => {
     mode = key;
-    MODES.forEach(([name], i) => buttons[i].setAttribute("aria-pressed", String(name === key)));
+    modes.forEach(([name], i) => buttons[i].setAttribute("aria-pressed", String(name === key)));
     for (const [name, part] of Object.entries(parts)) part.hidden = name !== key;
   };
   const prefill = async () => {

@@ -1,13 +1,13 @@
 // The Pareto front: any two objectives (or the candidate's number) as axes.
 
 import { card, h, select, s } from "../core/dom.js";
-import { count, score } from "../core/format.js";
+import { count, plural, score } from "../core/format.js";
 import { axis, baseLayout, drawing, plain, token } from "./plotly.js";
 
 const NUMBER = "#";
 
 export function frontPlot(model, page) {
-  const state = { x: model.objectives.length > 1 ? 0 : NUMBER, y: model.objectives.length > 1 ? 1 : 0 };
+  const state = { partial: false, x: model.objectives.length > 1 ? 0 : NUMBER, y: model.objectives.length > 1 ? 1 : 0 };
   const plot = h("div", { class: "plot plot-front", role: "img" });
   const options = (withNumber) => [
     ...(withNumber ? [[NUMBER, "candidate number"]] : []),
@@ -17,14 +17,22 @@ export function frontPlot(model, page) {
     state[key] = value === NUMBER ? NUMBER : Number(value);
     update();
   };
+  const box = h("input", { type: "checkbox", onchange: () => {
+    state.partial = box.checked;
+    update();
+  } });
+  const partial = h("label", { class: "check", title: "Candidates that were measured on some items only: estimates" }, box, "Partial");
   const tools = [
+    partial,
     h("label", null, "x", select(options(true), String(state.x), choose("x"), { "aria-label": "Objective on the x axis" })),
     h("label", null, "y", select(options(false), String(state.y), choose("y"), { "aria-label": "Objective on the y axis" })),
   ];
-  const node = card("Pareto front", tools, legend(), plot);
+  const [symbols, hollow] = legend();
+  const node = card("Pareto front", tools, symbols, plot);
   const draw = drawing(plot, page, () => figure(model, state, { width: plot.clientWidth - 80, height: plot.clientHeight - 60 }), (point) => model.select(point.customdata));
   const update = () => {
     plot.setAttribute("aria-label", describe(model));
+    partial.hidden = hollow.hidden = !model.front.partial.length;
     draw();
   };
   model.topics.on(["front", "selected", "job"], update);
@@ -37,24 +45,26 @@ function describe({ front }) {
 }
 
 function legend() {
-  const symbol = (shape, colour) => s("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" },
-    s("path", { d: shape, fill: `var(${colour})` }));
+  const symbol = (shape, colour, open) => s("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" },
+    s("path", open ? { d: shape, fill: "none", stroke: `var(${colour})`, "stroke-width": 1.5 } : { d: shape, fill: `var(${colour})` }));
   const circle = "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8";
   const diamond = "M6 1l5 5l-5 5l-5-5z";
-  return h(
+  const partial = h("li", null, symbol(circle, "--plot-muted", true), "measured on some items");
+  return [h(
     "ul",
     { class: "legend", "aria-label": "Legend" },
     h("li", null, symbol(circle, "--plot-front"), "on the front"),
     h("li", null, symbol(circle, "--plot-muted"), "dominated"),
-    h("li", null, symbol(diamond, "--plot-baseline"), "baselines and your own"),
+    h("li", null, symbol(diamond, "--plot-baseline"), "baselines, your own, and others with a name"),
+    partial,
     h("li", null, symbol(circle, "--plot-selected"), "selected"),
-  );
+  ), partial];
 }
 
 const isShown = (axes) => (point) => axes.every((key) => key === NUMBER || Number.isFinite(point.values[key]));
 const coordinate = (point, key) => (key === NUMBER ? point.index : point.values[key]);
 
-function figure(model, { x, y }, size) {
+function figure(model, { x, y, partial }, size) {
   const { front } = model;
   const shown = isShown([x, y]);
   const trace = (points, extra) => ({
@@ -73,7 +83,9 @@ function figure(model, { x, y }, size) {
   const feasible = front.dominated.filter((point) => other(point) && point.violation <= 0);
   const infeasible = front.dominated.filter((point) => other(point) && point.violation > 0);
   const best = front.front.filter(other);
+  const estimated = partial ? front.partial.filter(shown) : [];
   const data = [
+    trace(estimated, { marker: { size: 6, symbol: "circle-open", color: token("--plot-muted"), opacity: 0.7 } }),
     trace(feasible, { marker: { size: 6, color: token("--plot-muted"), opacity: 0.45 } }),
     trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),
     staircase(model, front.front.filter(shown), x, y),
@@ -104,6 +116,7 @@ function axisTitle(model, key, [more, less]) {
 function hover(model, point) {
   const title = point.label ? `<b>#${point.index}</b> ${plain(point.label)}` : `<b>#${point.index}</b>`;
   const values = model.objectives.map((objective, i) => `${plain(objective.name)}: ${score(point.values[i])}`);
+  if (point.partial) values.push(`measured on ${plural(point.partial, "item")} only`);
   if (point.violation > 0) values.push("violates a constraint");
   return [title, ...values].join("<br>");
 }
@@ -114,7 +127,7 @@ const PLACES = { "top center": [0, -1], "bottom center": [0, 1], "middle right":
 const LETTER = 7.2; // pixels
 const LINE = 16;
 
-/** Choose for each label the first place around its point where it covers no other label. */
+/** Choose for each label the first place around its point where it covers no other label; null where there is none. */
 function labelPlaces({ front }, points, axes, size) {
   const all = [...front.front, ...front.baselines, ...front.dominated];
   const scales = axes.map((key) => {
@@ -130,8 +143,8 @@ function labelPlaces({ front }, points, axes, size) {
     const box = ([dx, dy]) => ({ x: x * size.width + (dx * (width + LINE)) / 2, y: y * size.height + 1.1 * dy * LINE, width });
     const inside = ({ x: cx, width: w }) => cx + w / 2 < 1.04 * size.width;
     const free = ({ x: cx, y: cy, width: w }) => taken.every((other) => Math.abs(other.x - cx) > (other.width + w) / 2 || Math.abs(other.y - cy) > LINE);
-    const [place, offset] = Object.entries(PLACES).find(([, one]) => free(box(one)) && inside(box(one))) ?? ["top center", [0, -1]];
-    taken.push(box(offset));
+    const [place, offset] = Object.entries(PLACES).find(([, one]) => free(box(one)) && inside(box(one))) ?? [null];
+    if (place) taken.push(box(offset));
     return place;
   });
 }
@@ -147,14 +160,14 @@ function baselineStyle(points, places) {
       color: token("--plot-baseline"),
       line: { width: points.map((point) => (point.on_front ? 2.5 : 1)), color: points.map((point) => token(point.on_front ? "--plot-front" : "--surface")) },
     },
-    texttemplate: points.map((point) => plain(point.label ?? `#${point.index}`)),
-    textposition: places,
+    texttemplate: points.map((point, i) => (places[i] ? plain(point.label ?? `#${point.index}`) : "")),
+    textposition: places.map((place) => place ?? "top center"),
     textfont: { color: token("--plot-baseline"), size: 12, shadow: `0 0 3px ${token("--surface")}, 0 0 3px ${token("--surface")}` },
   };
 }
 
 function selectedPoint({ front, selected }, shown) {
-  const all = [front.front, front.baselines, front.dominated];
+  const all = [front.front, front.baselines, front.dominated, front.partial];
   const point = all.flatMap((points) => points.find((one) => one.index === selected) ?? []).at(0);
   return point && shown(point) ? [point] : [];
 }

@@ -52,7 +52,7 @@ export function jobHeader(model, page) {
 
 function metaParts(job) {
   const parts = [
-    `${job.algorithm} · ${job.operator}`,
+    [job.algorithm, job.spec.merge?.space?.name, job.operator].filter(Boolean).join(" · "),
     h("time", { datetime: job.created_at, title: dateTime(job.created_at) }, `created ${ago(job.created_at)}`),
     job.variables.length ? `${count(job.variables.length)} variables` : null,
     job.cloned_from ? h("a", { href: `#/jobs/${encodeURIComponent(job.cloned_from)}` }, "cloned from another job") : null,

@@ -48,10 +48,11 @@ const DESCRIBE = {
   "job.note": (data) => [data.message, ""],
   "candidates.proposed": (data) => [
     `Proposed ${data.count === 1 ? `#${data.first}` : `#${data.first} to #${data.first + data.count - 1}`}${
-      data.generation >= 0 ? ` (generation ${data.generation})` : ` (${{ warm_start: "warm start", user: "enqueued" }[data.origin] ?? data.origin})`}`, ""],
+      data.generation >= 0 ? ` (generation ${data.generation})` : ` (${{ warm_start: "warm start", user: "enqueued" }[data.origin] ?? data.origin})`}${
+      data.phase ? `, phase ${data.phase + 1}` : ""}`, ""],
   "candidate.evaluated": (data, model) => [
     data.values
-      ? `#${data.index}: ${model.objectives.map((objective, i) => `${objective.name} ${score(data.values[i])}`).join(", ")}${data.on_front ? " · on the front" : ""}`
+      ? `#${data.index}${data.label ? ` ${data.label}` : ""}: ${model.objectives.map((objective, i) => `${objective.name} ${score(data.values[i])}`).join(", ")}${data.partial ? ` · on ${plural(data.partial, "item")}` : ""}${data.on_front ? " · on the front" : ""}`
       : `#${data.index} ${data.state}`,
     data.values ? (data.on_front ? "front" : "") : "bad"],
   "candidate.enqueued": (data) => [`A candidate was enqueued (number ${data.queued} in the queue)`, ""],

@@ -61,8 +61,8 @@ export class JobModel {
 
   async loadFront() {
     this.front = await get(jobPath(this.id, "/front"), { limit: DRAWN_POINTS }, this.page.signal);
-    const { front, baselines, dominated } = this.front;
-    this.drawn = new Set([...front, ...baselines, ...dominated].map((point) => point.index));
+    const { front, baselines, dominated, partial } = this.front;
+    this.drawn = new Set([...front, ...baselines, ...dominated, ...partial].map((point) => point.index));
   }
 
   async loadProgression() {
@@ -127,6 +127,7 @@ export class JobModel {
     },
     "candidates.proposed": (data, event) => {
       this.noteOrigin(event);
+      if (this.job.phases[data.phase]?.state === "waiting") this.refreshJob();
       this.job.progress.proposed = Math.max(this.job.progress.proposed, data.first + data.count);
       this.topics.touch("candidates", "progress");
     },
@@ -150,24 +151,26 @@ export class JobModel {
   };
 
   /** Draw a point that does not change the front without asking the server; everything else is asked for. */
-  addPoint({ index, values, violation = 0, on_front: onFront }) {
-    const improved = violation <= 0 && this.#improve(values); // what violates a constraint is no best value
+  addPoint({ index, values, violation = 0, on_front: onFront, label = null, partial = null }) {
+    // What violates a constraint, or was measured on some items only, is no best value.
+    const improved = violation <= 0 && partial === null && this.#improve(values);
     if (improved) {
       this.refreshProgression();
       this.topics.touch("progress");
     }
-    const { dominated } = this.front;
-    if (onFront || this.foreign.has(index) || dominated.length >= DRAWN_POINTS) this.refreshFront();
+    const others = partial === null ? this.front.dominated : this.front.partial;
+    const listed = partial === null && (label !== null || this.foreign.has(index));
+    if (onFront || listed || others.length >= DRAWN_POINTS) this.refreshFront();
     else if (!this.drawn.has(index)) {
       this.drawn.add(index); // an answer of the server may know more than the events that have come so far
-      dominated.push({ index, values, on_front: false, label: null, origin: "algorithm", violation });
+      others.push({ index, values, on_front: false, label, origin: "algorithm", partial, violation });
       this.front.total += 1;
       this.topics.touch("front");
     }
   }
 
   #improve(values) {
-    let improved = this.#loss(values) < (this.progression.loss.at(-1) ?? Infinity);
+    let improved = this.loss(values) < (this.progression.loss.at(-1) ?? Infinity);
     this.job.best = this.objectives.map(({ direction }, i) => {
       const old = this.job.best[i];
       const better = old === null || (direction === "minimise" ? values[i] < old : values[i] > old);
@@ -178,7 +181,7 @@ export class JobModel {
   }
 
   /** Weighted mean of the objectives, maximised ones negated. */
-  #loss(values) {
+  loss(values) {
     const weights = this.objectives.reduce((sum, { weight }) => sum + weight, 0);
     return this.objectives.reduce((sum, { direction, weight }, i) => sum + (direction === "minimise" ? 1 : -1) * weight * values[i], 0) / weights;
   }

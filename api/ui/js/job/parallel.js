@@ -20,6 +20,7 @@ export function parallelPlot(model, page) {
       load();
     },
   }), "Mean coefficients");
+  toggle.hidden = model.job.columns.length === 0;
   const node = card("Trade-offs on the front", toggle, box, readout);
 
   async function load() {
@@ -42,7 +43,10 @@ export function parallelPlot(model, page) {
     }));
   }
 
-  model.topics.on(["front", "job"], () => (withMeans ? load() : draw()));
+  model.topics.on(["front", "job"], () => {
+    toggle.hidden = model.job.columns.length === 0; // some search spaces have no coefficients
+    return withMeans ? load() : draw();
+  });
   model.topics.on(["selected"], draw);
   draw();
   return node;

@@ -2,12 +2,12 @@
 
 import { get, jobPath } from "../core/api.js";
 import { button, card, h, replace, select, setText } from "../core/dom.js";
-import { objectiveTitle, score } from "../core/format.js";
+import { objectiveTitle, plural, score } from "../core/format.js";
 import { showError } from "../core/notify.js";
 import { refresher, same } from "../core/util.js";
 
 const PAGE = 50;
-const FILTERS = [["", "All candidates"], ["front", "On the front"], ["completed", "With scores"], ["failed", "Failed"], ["pending", "Pending"]];
+const FILTERS = [["", "All candidates"], ["front", "On the front"], ["completed", "With scores"], ["partial", "On some items only"], ["failed", "Failed"], ["pending", "Pending"]];
 const ORIGINS = { warm_start: "warm start", user: "user" };
 
 export function candidateTable(model, page) {
@@ -40,7 +40,8 @@ export function candidateTable(model, page) {
       sort: `${state.descending ? "-" : ""}${byValue ? "value" : "index"}`,
       objective: byValue ? model.objectives[state.key].name : null,
       on_front: state.filter === "front" ? true : null,
-      state: state.filter === "front" ? null : state.filter,
+      partial: state.filter === "partial" ? true : null,
+      state: state.filter === "front" || state.filter === "partial" ? null : state.filter,
       cursor: state.cursors.at(-1),
       limit: PAGE,
     };
@@ -89,7 +90,9 @@ export function candidateTable(model, page) {
     row.item = item;
     setText(row.choose, `#${item.index}`);
     row.choose.setAttribute("aria-label", `Show candidate ${item.index}`);
-    const who = [item.label, ORIGINS[item.origin]].filter(Boolean).join(" · ") || (item.generation >= 0 ? `generation ${item.generation}` : "");
+    const phase = model.job.phases.length > 1 && item.origin === "algorithm" ? model.job.phases[item.phase]?.algorithm : null;
+    const generation = !item.label && item.origin === "algorithm" && item.generation >= 0 ? `generation ${item.generation}` : null;
+    const who = [item.label, ORIGINS[item.origin], phase, generation].filter(Boolean).join(" · ");
     replace(row.node,
       h("td", null, row.choose),
       h("td", null, outcome(item)),
@@ -140,5 +143,6 @@ function outcome(item) {
   if (item.state === "failed") return h("span", { class: "badge", "data-tone": "bad", title: item.failure?.message }, item.failure?.code ?? "failed");
   if (item.state !== "completed") return h("span", { class: "badge" }, item.state);
   if (item.violation > 0) return h("span", { class: "badge", "data-tone": "warn" }, "violates");
+  if (item.partial !== null) return h("span", { class: "badge", title: "Measured on some items only: an estimate, which joins no front" }, plural(item.partial, "item"));
   return item.on_front ? h("span", { class: "badge", "data-tone": "accent" }, "front") : h("span", { class: "muted" }, "scored");
 }

@@ -4,6 +4,7 @@ import { h, replace } from "../core/dom.js";
 import { jobPath } from "../core/api.js";
 import { streamStatus } from "../core/notify.js";
 import { follow } from "../core/stream.js";
+import { baselinesTable } from "../job/baselines.js";
 import { bestCurve } from "../job/best_curve.js";
 import { candidatePanel } from "../job/candidate.js";
 import { eventLog } from "../job/log.js";
@@ -13,6 +14,7 @@ import { frontPlot } from "../job/front_plot.js";
 import { jobHeader } from "../job/header.js";
 import { JobModel } from "../job/model.js";
 import { parallelPlot } from "../job/parallel.js";
+import { phasesPanel } from "../job/phases.js";
 import { candidateTable } from "../job/table.js";
 import { loadPlotly } from "../job/plotly.js";
 import { statusOf } from "./jobs.js";
@@ -30,8 +32,9 @@ export async function jobPage(page) {
   replace(
     page.root,
     jobHeader(model, page),
+    phasesPanel(model),
     h("div", { class: "job-grid" },
-      h("div", { class: "column" }, frontPlot(model, page), bestCurve(model, page), parallelPlot(model, page)),
+      h("div", { class: "column" }, frontPlot(model, page), baselinesTable(model), bestCurve(model, page), parallelPlot(model, page)),
       h("div", { class: "column side" }, candidatePanel(model, page, (index) => exportDialog(model, index)))),
     candidateTable(model, page),
     h("div", { class: "job-halves" }, log.node, exportsPanel(model)),

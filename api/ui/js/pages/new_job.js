@@ -2,7 +2,7 @@
 
 import { get, jobPath, post } from "../core/api.js";
 import { button, h, replace, uid } from "../core/dom.js";
-import { plural } from "../core/format.js";
+import { count, plural } from "../core/format.js";
 import { act, announce, showError, toast } from "../core/notify.js";
 import { go } from "../core/router.js";
 import { randomKey } from "../core/util.js";
@@ -26,15 +26,17 @@ budget: {evaluations: 200}
 export async function newJobPage(page) {
   const from = page.query.get("clone");
   replace(page.root, h("p", { class: "loading", role: "status" }, "Loading the form…"));
-  const [schema, algorithms, operators, evaluators, original] = await Promise.all([
+  const [schema, algorithms, spaces, operators, evaluators, jobs, original] = await Promise.all([
     get("schema/job", {}, page.signal),
-    ...["algorithms", "operators", "evaluators"].map((name) => get(name, {}, page.signal)),
+    ...["algorithms", "spaces", "operators", "evaluators"].map((name) => get(name, {}, page.signal)),
+    get("jobs", { limit: 200 }, page.signal),
     from ? get(jobPath(from), {}, page.signal) : null,
   ]);
   if (page.signal.aborted) return;
   const title = original ? `Clone “${original.name}”` : "New job";
   document.title = `${title} – mergeopt`;
-  const form = jobForm(schema, { algorithms, operators, evaluators });
+  const found = jobs.items.filter((job) => job.progress.front > 0);
+  const form = jobForm(schema, { algorithms, spaces, operators, evaluators, jobs: found });
   if (original) form.write(original.spec);
   const pasted = pasteTab(original);
   const tabs = makeTabs([["form", "Form", form.node], ["text", "Paste YAML or JSON", pasted.node]]);
@@ -145,9 +147,17 @@ function patch(from, to) {
 function validation(answer, openInForm) {
   return h("div", { class: "notice", "data-tone": "ok" },
     h("strong", null, "The job spec is valid"),
-    h("span", null, `${plural(answer.variables, "variable")} to search: ${plural(answer.groups.length, "coefficient group")} × ${plural(answer.columns.length, "coefficient")} (${answer.columns.join(", ")}).`),
+    h("span", null, searched(answer)),
+    answer.phases.length > 0 && h("span", null, `Evaluations: ${answer.phases.map((phase) => `${phase.algorithm} ${count(phase.evaluations)}`).join(", then ")}.`),
+    answer.phases.map((phase) => phase.why && h("span", { class: "muted" }, `${phase.algorithm}: ${phase.why}`)),
     answer.findings.length > 0 && findingList(answer.findings),
     openInForm && h("div", null, button("Open in the form", openInForm, { kind: "small" })));
+}
+
+function searched({ variables, groups, columns }) {
+  const all = variables ? `${plural(variables, "variable")} to search` : "A search space of no fixed dimension";
+  if (!groups.length) return `${all}.`;
+  return `${all}: ${plural(groups.length, "coefficient group")} × ${plural(columns.length, "coefficient")} (${columns.join(", ")}).`;
 }
 
 function pasteTab(original) {

@@ -1,0 +1,157 @@
+"""The algorithm for those who do not want to choose one: it becomes the phases that measurements speak for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optimizer.algorithms.base import ALGORITHMS, Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.problem import PlannedPhase, Problem
+from optimizer.space import make_space
+from optimizer.spec import AlgorithmSpec, JobSpec
+
+_FEW_VARIABLES = 100
+_FEW_EVALUATIONS = 250
+_MANY_EXPERTS = 12
+_KEPT_EXPERTS = 8
+_MANY_OBJECTIVES = 4
+_BASELINES_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class _Features:
+    """What the choice depends on.
+
+    Attributes:
+        objectives, variables, experts: how many there are.
+        evaluations: the budget.
+        discrete: whether a variable is an integer or a choice.
+        differentiable: whether all objectives have slopes.
+    """
+
+    objectives: int
+    variables: int
+    experts: int
+    evaluations: int
+    discrete: bool
+    differentiable: bool
+
+
+@algorithm("auto")
+class Auto(Algorithm):
+    """Chooses one algorithm, or several phases, before a job begins; the job's page says why.
+
+    Put into a plain box (another program's, or a phase of its own) it is the one algorithm that fits it best.
+    """
+
+    summary = "Chooses algorithms and phases by objectives, variables, experts and budget, and says in the job why."
+    reference = "mergeopt 2026; figures in tests/benchmarks/README.md"
+    multi_objective = True
+
+    def __init__(self, context: AlgorithmContext, options: Any) -> None:
+        super().__init__(context, options)
+        space = context.space
+        features = _Features(
+            objectives=context.objectives,
+            variables=space.dim,
+            experts=0,
+            evaluations=context.budget or 10 * _FEW_EVALUATIONS,
+            discrete=any(variable.kind != "real" for variable in space.variables),
+            differentiable=False,
+        )
+        cls = ALGORITHMS[_search(features)[0].name]
+        self._inner = cls(context, cls.Options())
+
+    @classmethod
+    def phases(cls, spec: JobSpec, problem: Problem, options: Any, evaluations: int) -> list[PlannedPhase] | None:
+        """See `Algorithm.phases`."""
+        del options
+        space = make_space(spec, problem)
+        return _plan(
+            _Features(
+                objectives=len(spec.objectives),
+                variables=space.dim,
+                experts=len(spec.experts) if spec.merge.space is None else 0,
+                evaluations=evaluations,
+                discrete=any(variable.kind != "real" for variable in space.variables),
+                differentiable=all(objective.differentiable for objective in problem.objectives),
+            )
+        )
+
+    @property
+    def stop_reason(self) -> str | None:
+        """That of the algorithm it chose."""
+        return self._inner.stop_reason
+
+    @property
+    def batch_size(self) -> int:
+        """That of the algorithm it chose."""
+        return self._inner.batch_size
+
+    def ask(self, count: int) -> list[Proposal]:
+        """See the algorithm it chose."""
+        return self._inner.ask(count)
+
+    def tell(self, outcome: Outcome) -> None:
+        """See the algorithm it chose."""
+        self._inner.tell(outcome)
+
+
+def _plan(features: _Features) -> list[PlannedPhase]:
+    phases: list[PlannedPhase] = []
+    left = features.evaluations
+    kept: int | None = None
+    first = _baselines(features)
+    if first is not None:
+        phases.append(first)
+        left -= first.evaluations
+    if features.experts >= _MANY_EXPERTS and features.differentiable and left >= 4 * features.experts:
+        spent = max(1, left // 4)
+        why = f"Frank-Wolfe chooses among {features.experts} experts by one backward pass for each step"
+        phases.append(PlannedPhase(algorithm=AlgorithmSpec(name="frank_wolfe"), evaluations=spent, why=why))
+        left -= spent
+        kept = _KEPT_EXPERTS
+    for chosen, spent, why in _searches(replace(features, evaluations=left)):
+        phases.append(PlannedPhase(algorithm=chosen, evaluations=spent, keep_experts=kept, why=why))
+    return phases
+
+
+def _baselines(features: _Features) -> PlannedPhase | None:
+    """The merges that people try by hand, all of them or a greedy soup alone, where they cost little."""
+    for cost, options in (
+        (2 * features.experts + 20, {}),
+        # Each expert alone is among the usual warm starts.
+        (features.experts, {"include": ["models", "uniform", "greedy_soup"]}),
+    ):
+        if features.experts and cost <= _BASELINES_SHARE * features.evaluations:
+            return PlannedPhase(
+                algorithm=AlgorithmSpec(name="baselines", options=options),
+                evaluations=cost + features.experts + 2,
+                why=f"what people try by hand costs at most {cost} of {features.evaluations} evaluations: a good beginning",
+            )
+    return None
+
+
+def _searches(features: _Features) -> list[tuple[AlgorithmSpec, int, str]]:
+    """The main search, how many evaluations it gets, and why; one that only sketches is followed by one that polishes."""
+    chosen, why = _search(features)
+    if chosen.name != "bayesian" or features.evaluations <= _FEW_EVALUATIONS:
+        return [(chosen, features.evaluations, why)]
+    polish = AlgorithmSpec(name="cma_es" if features.objectives == 1 else "nsga2")
+    left = features.evaluations - _FEW_EVALUATIONS
+    return [
+        (chosen, _FEW_EVALUATIONS, f"{why}: a model of the objectives finds good merges in few evaluations"),
+        (polish, left, f"{left} more evaluations than a model needs: evolution goes on from what it found"),
+    ]
+
+
+def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
+    """The search to begin with, and why."""
+    size = f"{features.variables} variables and {features.evaluations} evaluations"
+    objectives = "one objective" if features.objectives == 1 else f"{features.objectives} objectives"
+    why = f"{objectives}, {size}"
+    if features.objectives >= _MANY_OBJECTIVES:
+        return AlgorithmSpec(name="nsga3"), why
+    if features.variables <= _FEW_VARIABLES:
+        return AlgorithmSpec(name="bayesian"), why
+    return AlgorithmSpec(name="cma_es" if features.objectives == 1 else "nsga2"), why

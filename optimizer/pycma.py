@@ -1,0 +1,104 @@
+"""pycma's strategies with a random generator of their own, for algorithms that move only a part of the genome."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.space import Genome, Variable
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it regrets the absence of matplotlib
+    from cma import CMAEvolutionStrategy
+    from cma.boundary_handler import BoxConstraintsLinQuadTransformation
+    from cma.sigma_adaptation import CMAAdaptSigmaCSA
+
+Vector = NDArray[np.float64]
+
+_FULL_UP_TO = 200
+_LARGEST_STD = 1 / 3
+_SAME = 1e-6
+
+
+class BoundedStrategy:
+    """CMA-ES with bounds as pycma keeps them: a transformation that is linear inside and quadratic near the bounds.
+
+    It learns from vectors as they were recorded. Isolated as pycma's defaults are not: its random numbers come from
+    ``random``, no file of options is read, nothing is written.
+
+    Args:
+        variables: bounds and kinds; integers and choices begin with a standard deviation of half a step at least.
+        mean: shape (variables,), inside the bounds.
+        sigma: first standard deviation of real variables, in their own units.
+        population: candidates in a generation.
+        random: the generator; shared with whoever else draws from it.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[Variable],
+        mean: Genome,
+        sigma: float,
+        population: int,
+        random: np.random.Generator,
+    ) -> None:
+        self._low = np.array([variable.low for variable in variables])
+        self._high = np.array([variable.high for variable in variables])
+        self._bounds = BoxConstraintsLinQuadTransformation(np.stack([self._low, self._high], axis=1).tolist())
+        self._random = random
+        self._proposed: list[Vector] = []
+        real = np.array([variable.kind == "real" for variable in variables])
+        self._largest = _LARGEST_STD * (self._high - self._low)
+        first = np.minimum(np.where(real, sigma, np.maximum(sigma, 0.5)), self._largest)
+        several = len(variables) > 1
+        options: dict[str, Any] = {
+            "seed": np.nan,
+            "randn": lambda *shape: random.standard_normal(shape),
+            "signals_filename": None,
+            "verbose": -10,
+            "verb_log": 0,
+            "popsize": population,
+            "CMA_diagonal": several and len(variables) > _FULL_UP_TO,
+            "AdaptSigma": CMAAdaptSigmaCSA,
+            "CMA_mirrors": 0,
+            # A change of coordinates in mid-run would make recorded vectors mean something else.
+            "conditioncov_alleviate": None,
+            # pycma keeps this limit by scaling single coordinates, which fails where there is only one.
+            "maxstd": self._largest if several else np.inf,
+            "CMA_stds": first / sigma,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one dimension is poorly tested, it says; our tests run it
+            self._strategy = CMAEvolutionStrategy(self._inner(mean), sigma, options)
+
+    @property
+    def converged(self) -> bool:
+        """Whether one of pycma's own stopping criteria is met."""
+        return bool(self._strategy.stop())
+
+    def ask(self) -> list[Vector]:
+        """Return a generation: vectors inside the bounds."""
+        outer = [np.array(self._bounds.transform(vector.copy()), dtype=np.float64) for vector in self._strategy.ask()]
+        self._proposed = [np.clip(vector, self._low, self._high) for vector in outer]
+        return list(self._proposed)
+
+    def tell(self, vectors: Sequence[Vector], losses: Sequence[float]) -> None:
+        """Learn from the generation that was asked for last: as many vectors, in any order, and finite losses."""
+        self._strategy.tell([self._known(vector) for vector in vectors], list(losses), check_points=False)
+        if len(self._low) == 1:
+            std = float(self._strategy.stds[0])
+            self._strategy.sigma *= min(1.0, self._largest[0] / std)
+
+    def _inner(self, vector: Vector) -> Vector:
+        return np.array(self._bounds.inverse(np.clip(vector, self._low, self._high)), dtype=np.float64)
+
+    def _known(self, vector: Vector) -> Vector:
+        """The strategy's coordinates; a vector that it did not draw is moved to a plausible distance first."""
+        inner = self._inner(vector)
+        if any(np.abs(vector - proposed).max() < _SAME for proposed in self._proposed):
+            return inner
+        return np.asarray(self._strategy.repair_genotype(inner, copy_if_changed=True), dtype=np.float64)

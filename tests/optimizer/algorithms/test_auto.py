@@ -1,0 +1,76 @@
+"""`auto` chooses by what a job is, says why, and its choice is stored with the job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from optimizer.algorithms.auto import Auto
+from optimizer.phases import plan
+from optimizer.problem import PlannedPhase
+from tests.factories import make_problem, make_spec
+from tests.optimizer.algorithms.driving import make_context, reals
+
+
+def planned(experts: int = 2, objectives: int = 1, evaluations: int = 200, **changes: Any) -> list[PlannedPhase]:
+    names = [f"e{number}" for number in range(experts)]
+    one = make_spec().objectives[0].model_dump(mode="json") | {"head": names[0]}
+    spec = make_spec(
+        algorithm="auto",
+        experts=[{"name": name, "path": name} for name in names],
+        objectives=[one | {"name": f"o{number}"} for number in range(objectives)],
+        budget={"evaluations": evaluations},
+        **changes,
+    )
+    problem = make_problem(spec)
+    found = problem.model_copy(
+        update={"objectives": [o.model_copy(update={"differentiable": True}) for o in problem.objectives]}
+    )
+    return plan(spec, found)
+
+
+def names(phases: list[PlannedPhase]) -> list[str]:
+    return [phase.algorithm.name for phase in phases]
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 5])
+@pytest.mark.parametrize("experts", [2, 8, 40])
+@pytest.mark.parametrize("evaluations", [1, 12, 50, 200, 1000, 100_000])
+def test_every_plan_spends_the_budget_and_says_why(experts: int, objectives: int, evaluations: int) -> None:
+    phases = planned(experts, objectives, evaluations)
+    assert all(phase.why for phase in phases)
+    assert sum(phase.evaluations for phase in phases) >= evaluations
+    assert "auto" not in names(phases)
+
+
+def test_by_hand_first_where_it_costs_little() -> None:
+    assert names(planned(evaluations=50))[0] == "baselines"
+    assert "baselines" not in names(planned(experts=8, evaluations=30))
+    assert planned(experts=8, evaluations=50)[0].algorithm.options["include"] == ["models", "uniform", "greedy_soup"]
+    assert planned(experts=8, evaluations=500)[0].algorithm.options == {}
+
+
+def test_frank_wolfe_chooses_among_many_experts() -> None:
+    phases = planned(experts=40, evaluations=1000)
+    assert "frank_wolfe" in names(phases)
+    assert phases[-1].keep_experts == 8
+    assert "frank_wolfe" not in names(planned(experts=4, evaluations=1000))
+
+
+def test_a_model_first_and_evolution_for_long_budgets() -> None:
+    assert names(planned(evaluations=200))[-1] == "bayesian"
+    assert names(planned(evaluations=2000))[-2:] == ["bayesian", "cma_es"]
+    assert names(planned(objectives=2, evaluations=2000))[-2:] == ["bayesian", "nsga2"]
+    assert names(planned(objectives=5, evaluations=2000))[-1] == "nsga3"
+    many = planned(experts=80, evaluations=200, merge={"operator": "task_arithmetic"})
+    assert names(many)[-1] == "cma_es"
+
+
+def test_in_a_plain_box_it_is_the_algorithm_that_fits() -> None:
+    few = Auto(make_context(reals(5), budget=50), Auto.Options())
+    many = Auto(make_context(reals(500), budget=50), Auto.Options())
+    assert few.ask(3)
+    assert few.batch_size == 1
+    assert many.batch_size > 1
+    assert few.stop_reason is None
