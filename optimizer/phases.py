@@ -45,6 +45,12 @@ def fields_of(spec: JobSpec) -> list[tuple[str, Phase]]:
 
 def _settled(spec: JobSpec, problem: Problem, phase: Phase, evaluations: int, field: str) -> list[PlannedPhase]:
     cls, options = parse_options(phase.algorithm, field)
+    if phase.keep_experts is not None and spec.merge.space is not None:
+        raise InvalidInput(
+            f"the space {spec.merge.space.name} names its models itself",
+            field=field.replace(".algorithm", ".keep_experts"),
+            remedy="leave it out",
+        )
     found = cls.phases(spec, problem, options, evaluations)
     if found is None:
         narrowed = phase.keep_experts is not None and phase.keep_experts < len(spec.experts)

@@ -25,16 +25,16 @@ class _Features:
     Attributes:
         objectives, variables, experts: how many there are.
         evaluations: the budget.
-        discrete: whether a variable is an integer or a choice.
         differentiable: whether all objectives have slopes.
+        asynchronous: whether outcomes are told in any order.
     """
 
     objectives: int
     variables: int
     experts: int
     evaluations: int
-    discrete: bool
     differentiable: bool
+    asynchronous: bool = False
 
 
 @algorithm("auto")
@@ -56,7 +56,6 @@ class Auto(Algorithm):
             variables=space.dim,
             experts=0,
             evaluations=context.budget or 10 * _FEW_EVALUATIONS,
-            discrete=any(variable.kind != "real" for variable in space.variables),
             differentiable=False,
         )
         cls = ALGORITHMS[_search(features)[0].name]
@@ -73,8 +72,8 @@ class Auto(Algorithm):
                 variables=space.dim,
                 experts=len(spec.experts) if spec.merge.space is None else 0,
                 evaluations=evaluations,
-                discrete=any(variable.kind != "real" for variable in space.variables),
                 differentiable=all(objective.differentiable for objective in problem.objectives),
+                asynchronous=spec.asynchronous,
             )
         )
 
@@ -137,7 +136,7 @@ def _searches(features: _Features) -> list[tuple[AlgorithmSpec, int, str]]:
     chosen, why = _search(features)
     if chosen.name != "bayesian" or features.evaluations <= _FEW_EVALUATIONS:
         return [(chosen, features.evaluations, why)]
-    polish = AlgorithmSpec(name="cma_es" if features.objectives == 1 else "nsga2")
+    polish = _evolution(features)
     left = features.evaluations - _FEW_EVALUATIONS
     return [
         (chosen, _FEW_EVALUATIONS, f"{why}: a model of the objectives finds good merges in few evaluations"),
@@ -154,4 +153,11 @@ def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
         return AlgorithmSpec(name="nsga3"), why
     if features.variables <= _FEW_VARIABLES:
         return AlgorithmSpec(name="bayesian"), why
-    return AlgorithmSpec(name="cma_es" if features.objectives == 1 else "nsga2"), why
+    return _evolution(features), why
+
+
+def _evolution(features: _Features) -> AlgorithmSpec:
+    if features.objectives > 1:
+        return AlgorithmSpec(name="moead")
+    # Where outcomes come in any order, a generation need not wait for the slowest quarter.
+    return AlgorithmSpec(name="cma_es", options={"close_after": 0.75} if features.asynchronous else {})

@@ -10,8 +10,9 @@ import numpy as np
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.errors import InvalidInput
+from optimizer.frank_wolfe_settings import Settings
 from optimizer.frank_wolfe_space import make_chain_space
-from optimizer.frank_wolfe_walk import Settings, Walk
+from optimizer.frank_wolfe_walk import Walk
 from optimizer.problem import Problem
 from optimizer.space import JobSpace, make_space
 from optimizer.spec import JobSpec

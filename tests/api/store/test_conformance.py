@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from optimizer.pareto import front_mask
 from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
 from optimizer.problem import Grams, PlannedPhase
 from optimizer.recipe import Leaf, Merge, Recipe
-from optimizer.space import SPACES, JobSpace, make_space, search_space
+from optimizer.space import SPACES, JobSpace, SpaceKind, make_space
 from optimizer.spec import CandidateInput, Strict
 from tests.api.store.helpers import (
     SPACE,
@@ -1003,11 +1003,18 @@ class OtherSpace(JobSpace):
 
 
 @pytest.fixture
-def other_space() -> Iterator[str]:
-    SPACES["other"] if "other" in SPACES else search_space("other", summary="s", reference="r", options=OtherOptions)(
-        lambda spec, problem, options: OtherSpace((), problem)
+def other_space(monkeypatch: pytest.MonkeyPatch) -> str:
+    assert "other" not in SPACES
+    kind = SpaceKind(
+        name="other",
+        summary="s",
+        reference="r",
+        options=OtherOptions,
+        make=lambda spec, problem, options: OtherSpace((), problem),
+        operators=lambda options: (),
     )
-    yield "other"
+    monkeypatch.setitem(SPACES._entries, "other", kind)
+    return "other"
 
 
 class TestOtherSpaces:

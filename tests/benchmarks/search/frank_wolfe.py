@@ -9,8 +9,10 @@ with exact ones, and what memory both take as the pool grows.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,25 +38,28 @@ CACHE = Path(__file__).parents[1] / ".cache" / "frank-wolfe"
 GROUPS = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))
 STRANGERS = (0, 4, 16, 64)
 BUDGET = 60
-"""Evaluations of each search; those without gradients get as many again for each probe of six iterations."""
+"""Evaluations of each search, and one more for each expert; six for each where derivatives are measured by differences."""
 
 SEARCHES: dict[str, dict[str, Any]] = {
-    "hard, by layers": {},
-    "hard, whole model": {"granularity": "model"},
+    "hard": {},
+    "hard, by layers": {"granularity": "layers"},
     "hard, pairwise steps": {"away": "pairwise"},
-    "hard, 2/(t+2)": {"step": "harmonic", "iterations": 10, "start": "merge", "base_vertex": False},
-    "hard, cosines, 2/(t+2)": {
+    "hard, unchecked": {"check": False},
+    "hard, as published": {
+        "granularity": "layers",
         "step": "harmonic",
         "iterations": 10,
         "start": "merge",
         "base_vertex": False,
         "form": "cosine",
+        "check": False,
     },
     "soft": {"variant": "soft"},
+    "soft, by layers": {"variant": "soft", "granularity": "layers"},
     "hard, by differences": {"oracle": "differences"},
-    "hard, by perturbations": {"oracle": "spsa", "granularity": "model"},
+    "hard, by perturbations": {"oracle": "spsa"},
 }
-QUICK = ("hard, by layers", "hard, by differences")
+QUICK = ("hard", "hard, by differences")
 
 
 def experts(strangers: int, steps: int) -> list[DigitsExpert]:
@@ -264,28 +269,84 @@ def agreement(bench: Bench, steps: Sequence[float], points: int) -> list[dict[st
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 _MEASURE = """
-import resource, sys, tracemalloc
+import re, sys, threading, time
 from pathlib import Path
-import numpy as np
-from tests.benchmarks.search.frank_wolfe import Bench
-tracemalloc.start()
-bench = Bench(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-recipe = bench.space.recipe(np.full(bench.space.dim, 1 / len(bench.names)))
-bench.score(recipe)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bench.score(recipe, slopes=True)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-bench.close()
-print(before, after)
+from optimizer.ports import Task
+from optimizer.recipe import Leaf, Merge, Recipe, Selector
+from tests.benchmarks.search.frank_wolfe import large_job
+from workers.prepare import prepare
+from workers.roots import Roots
+from workers.worker import EvaluationWorker
+
+root, experts = Path(sys.argv[1]), int(sys.argv[2])
+spec = large_job(experts)
+problem = prepare(spec, Roots([root]))
+worker = EvaluationWorker(spec, problem, Roots([root]), "worker")
+merge = Merge(operator="task_arithmetic", base=Leaf(model="base"), inputs=[Leaf(model="expert-0")],
+              groups=[Selector()], coefficients=[[0.5]])
+recipe = Recipe(models=problem.models, root=merge).to_json()
+worker.evaluate(Task(0, recipe))
+status, peak, done = Path("/proc/self/status"), 0, False
+
+def now():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status.read_text())[1])
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, now())
+        time.sleep(0.0005)
+
+before = now()
+thread = threading.Thread(target=watch)
+thread.start()
+result = worker.evaluate(Task(0, recipe, slopes=True))
+done = True
+thread.join()
+assert result.slopes is not None
+print(before, peak)
 """
 
 
-def memory(root: Path, strangers: int, steps: int) -> dict[str, float]:
-    """Peak resident memory of a process in MB, before and after its first slopes."""
-    command = [sys.executable, "-c", _MEASURE, str(root), str(strangers), str(steps)]
+def write_large(root: Path, experts: int) -> int:
+    """Write a base of some size and that many experts beside it; return how many bytes one of them has."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = CACHE.absolute() / "models" / "base"
+    shapes = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1024}
+    config = ViTConfig.from_pretrained(small)
+    config.update(shapes)
+    torch.manual_seed(0)
+    for name in ("base", *(f"expert-{number}" for number in range(experts))):
+        path = root / "models" / name
+        if not path.exists():
+            ViTForImageClassification(config).save_pretrained(path)
+            shutil.copy(small / "preprocessor_config.json", path)
+    return (root / "models" / "base" / "model.safetensors").stat().st_size
+
+
+def large_job(experts: int) -> JobSpec:
+    """A job over models of `write_large`."""
+    names = [f"expert-{number}" for number in range(experts)]
+    plain = job(names, "search", {"name": "frank_wolfe"}, 10)
+    return plain.model_copy(update={"objectives": plain.objectives[:1]})
+
+
+def memory(root: Path, experts: int) -> dict[str, float]:
+    """Memory in MB that is a worker's own (not mapped from files): before slopes, and at most while it measures them."""
+    command = [sys.executable, "-c", _MEASURE, str(root), str(experts)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    before, after = (int(number) / 1024 for number in printed[-2:])
-    return {"experts": len(GROUPS) + strangers, "before_mb": before, "with_slopes_mb": after}
+    before, peak = (int(number) / 1024 for number in printed[-2:])
+    return {"experts": experts, "before_mb": before, "peak_mb": peak}
+
+
+def memories(pools: Sequence[int]) -> dict[str, Any]:
+    """`memory` for pools of several sizes, of models large enough to see."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        shutil.copytree(CACHE.absolute() / "data", root / "data")
+        size = write_large(root, pools[-1])
+        return {"model_mb": size / 2**20, "pools": [memory(root, experts) for experts in pools]}
 
 
 def context_numbers(bench: Bench) -> int:
@@ -310,7 +371,7 @@ def run(quick: bool) -> dict[str, Any]:
         try:
             searches = {}
             for name in QUICK if quick else SEARCHES:
-                probes = (1 if quick else 6) * (len(bench.names) + 1) if "differences" in name else 0
+                probes = (6 if "differences" in name and not quick else 1) * (len(bench.names) + 1)
                 budget = (10 if quick else BUDGET) + probes
                 searches[name] = bench.run(SEARCHES[name], budget)
             rows.append({"strangers": strangers, "baselines": baselines(bench), "searches": searches})
@@ -319,7 +380,7 @@ def run(quick: bool) -> dict[str, Any]:
                 numbers = context_numbers(bench)
         finally:
             bench.close()
-    grown = [] if quick else [memory(root, strangers, steps) for strangers in pools]
+    grown = {} if quick else memories((4, 16, 64))
     return {
         "options": SEARCHES,
         "pools": rows,

@@ -79,7 +79,11 @@ class MergeProblem:
     def spec(
         self, *, several: bool, evaluations: int, algorithm: dict[str, Any], seed: int = 0, split: str = "search"
     ) -> JobSpec:
-        """Return the job, or with the test ``split`` the one that re-scores its result."""
+        """Return the job, or with the test ``split`` the one that re-scores its result.
+
+        Args:
+            algorithm: the job's `algorithm`, or its `phases` under that name.
+        """
         objectives = self.several if several else self.single
         return parse_spec(
             {
@@ -93,7 +97,7 @@ class MergeProblem:
                     "heads": list(self.heads),
                 },
                 "objectives": [{**row, "data": {**row["data"], "split": split}} for row in objectives],
-                "algorithm": algorithm,
+                **(algorithm if "phases" in algorithm else {"algorithm": algorithm}),
                 "budget": {"evaluations": evaluations},
                 "seed": seed,
                 "workers": {"count": 1, "cpus": 1, "device": "cpu", "dtype": "float32"},

@@ -88,7 +88,12 @@ def parser(kind: str, name: str, who: Sequence[str]) -> argparse.ArgumentParser:
     out.add_argument("--quick", action="store_true", help="digits, two algorithms and one peer, 30 evaluations")
     out.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     out.add_argument(
-        "--algorithms", nargs="+", dest="who", default=list(who), metavar="NAME[:OPTIONS]", help="peers are peer/NAME"
+        "--algorithms",
+        nargs="+",
+        dest="who",
+        default=list(who),
+        metavar="NAME[:OPTIONS]",
+        help="NAME@SHARE+NAME for phases, peer/NAME for peers",
     )
     out.add_argument("--budgets", nargs="+", type=int, default=[50, 200, 1000])
     out.add_argument("--seeds", type=int, help="so many for each; 3 for digits, 2 for minilm, 1 for smollm2 by default")
@@ -118,12 +123,20 @@ def slug(who: str) -> str:
 
 
 def algorithm_of(who: str, *, plain_sum: bool) -> dict[str, Any]:
-    """Return the job spec's `algorithm` for ``NAME`` or ``NAME:{JSON}``.
+    """Return the job spec's `algorithm` for ``NAME`` or ``NAME:{JSON}``, or its `phases` for ``NAME@SHARE+NAME``.
 
     Args:
         plain_sum: let it weigh the losses on their own scales where it has a choice (`normalise`), since that sum is
             what it is judged by.
     """
+    if "+" in who.partition(":")[0]:
+        parts = [part.partition("@") for part in who.split("+")]
+        return {
+            "phases": [
+                {"algorithm": algorithm_of(name, plain_sum=plain_sum), **({"share": float(share)} if share else {})}
+                for name, _, share in parts
+            ]
+        }
     name, _, text = who.partition(":")
     options = json.loads(text) if text else {}
     if plain_sum and name in ALGORITHMS and "normalise" in ALGORITHMS[name].Options.model_fields:

@@ -61,8 +61,9 @@ def test_frank_wolfe_chooses_among_many_experts() -> None:
 def test_a_model_first_and_evolution_for_long_budgets() -> None:
     assert names(planned(evaluations=200))[-1] == "bayesian"
     assert names(planned(evaluations=2000))[-2:] == ["bayesian", "cma_es"]
-    assert names(planned(objectives=2, evaluations=2000))[-2:] == ["bayesian", "nsga2"]
+    assert names(planned(objectives=2, evaluations=2000))[-2:] == ["bayesian", "moead"]
     assert names(planned(objectives=5, evaluations=2000))[-1] == "nsga3"
+    assert planned(evaluations=2000, asynchronous=True)[-1].algorithm.options == {"close_after": 0.75}
     many = planned(experts=80, evaluations=200, merge={"operator": "task_arithmetic"})
     assert names(many)[-1] == "cma_es"
 

@@ -34,15 +34,27 @@ from tests.optimizer.algorithms.driving import (
 )
 
 DEFAULT_OPTIMIZER = Nevergrad.Options().optimizer
-DEFAULTS = [Case(name) for name in ALGORITHMS]
+# `auto` is whichever it chooses.
+DEFAULTS = [Case(name) for name in ALGORITHMS if name != "auto"]
+# Proposals that take milliseconds each: fewer of them where the number does not matter.
+SLOW = {"bayesian", "forest", "map"}
 VARIANTS = [
     Case("cma_es", {"covariance": "full"}),
     Case("cma_es", {"covariance": "diagonal", "restarts": "bipop", "population": 5}),
     Case("cma_es", {"scalarisation": "tchebycheff", "normalise": False}),
+    Case("cma_es", {"close_after": 0.75, "warm_start": "none"}),
     Case("nsga2", {"population": 7}),
+    Case("nsga3", {"population": 7}),
+    Case("moead", {"decomposition": "tchebycheff", "variation": "differential"}),
+    Case("mo_cma_es", {"covariance": "full", "population": 3}),
     *(Case("nevergrad", {"optimizer": name}) for name in get_args(OptimizerName) if name != DEFAULT_OPTIMIZER),
 ]
 CASES = [*DEFAULTS, *VARIANTS]
+
+
+def count_for(case: Case, count: int) -> int:
+    return count // 4 if case.name in SLOW else count
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -87,7 +99,7 @@ def test_survives_every_kind_of_outcome_and_replays(case: Case, dim: int, parall
     space = reals(dim)
     context = make_context(space, parallel=parallel, objectives=2)
     foreign = [space.low, space.high, context.start, space.high + 1.0]
-    log = drive(case.make(context), troubled(smooth(space, 2)), 90, foreign=foreign, every=11)
+    log = drive(case.make(context), troubled(smooth(space, 2)), count_for(case, 90), foreign=foreign, every=11)
     assert_inside(log, space.low, space.high)
     replay(case.make(context), log)
 
@@ -97,7 +109,7 @@ def test_replays_at_every_prefix(case: Case) -> None:
     space = reals(3)
     context = make_context(space, parallel=3)
     log = drive(case.make(context), clean(smooth(space)), 40, foreign=[space.low, context.start], every=9)
-    for end in range(0, len(log), 4):
+    for end in range(0, len(log), 16 if case.name in SLOW else 4):
         replay(case.make(context), log[: end + 1])
 
 
@@ -128,7 +140,8 @@ def test_many_proposals_are_those_asked_one_by_one(case: Case) -> None:
 @every_case
 def test_proposes_in_batches_of_any_size(case: Case, count: int) -> None:
     space = reals(4)
-    log = drive(case.make(make_context(space, parallel=count)), clean(smooth(space)), 130, window=count)
+    context = make_context(space, parallel=count)
+    log = drive(case.make(context), clean(smooth(space)), count_for(case, 130), window=count)
     assert_inside(log, space.low, space.high)
 
 
@@ -201,13 +214,13 @@ def test_recovers_from_a_long_run_of_failures(case: Case, trouble: str) -> None:
     losses = smooth(space)
 
     def evaluate(index: int, genome: Genome, own: bool) -> Outcome:
-        if index >= 100:
+        if index >= count_for(case, 100):
             return Outcome(index, genome, losses(genome), own=own)
         values = {"failed": None, "nan": np.array([np.nan]), "violating": losses(genome)}[trouble]
         return Outcome(index, genome, values, violation=1.0 if trouble == "violating" else 0.0, own=own)
 
     algorithm = case.make(make_context(space, parallel=4, budget=None))
-    log = drive(algorithm, evaluate, 220, foreign=[space.low])
+    log = drive(algorithm, evaluate, count_for(case, 220), foreign=[space.low])
     assert_inside(log, space.low, space.high)
     assert best_loss(log) < 0.2, "it went on to search"
 
@@ -251,14 +264,17 @@ def test_recorded_genomes_that_are_not_its_own_are_taken_in(case: Case) -> None:
 def test_constant_losses_do_not_stop_it(case: Case, dim: int) -> None:
     space = reals(dim)
     algorithm = case.make(make_context(space, parallel=2))
-    log = drive(algorithm, lambda index, genome, own: Outcome(index, genome, np.array([0.5]), own=own), 400)
+    log = drive(
+        algorithm, lambda index, genome, own: Outcome(index, genome, np.array([0.5]), own=own), count_for(case, 400)
+    )
     assert_inside(log, space.low, space.high)
 
 
 @every_case
 def test_a_single_choice(case: Case) -> None:
     space = SearchSpace((Variable("operator", 0.0, 3.0, "choice", ("a", "b", "c")),))
-    log = drive(case.make(make_context(space)), clean(lambda genome: np.array([float(genome[0] < 2)])), 200)
+    context = make_context(space)
+    log = drive(case.make(context), clean(lambda genome: np.array([float(genome[0] < 2)])), count_for(case, 200))
     assert_inside(log, space.low, space.high)
     assert best_loss(log) == 0.0
 
@@ -280,7 +296,11 @@ def test_goes_on_beyond_its_budget(case: Case) -> None:
     assert len(proposals_of(log)) == 60 or algorithm.stop_reason
 
 
-@pytest.mark.parametrize("case", [Case("random"), Case("cma_es"), Case("nsga2"), Case("nevergrad")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(name) for name in ("random", "cma_es", "nsga2", "nsga3", "moead", "mo_cma_es", "nevergrad", "m2n2")],
+    ids=str,
+)
 def test_six_hundred_variables(case: Case) -> None:
     space = reals(600)
     context = make_context(space, parallel=8)
@@ -294,7 +314,7 @@ def test_integers_and_choices(case: Case) -> None:
     space = mixed()
     context = make_context(space, parallel=2)
     losses = smooth(space)
-    log = drive(case.make(context), clean(losses), 150, foreign=[space.high])
+    log = drive(case.make(context), clean(losses), count_for(case, 150), foreign=[space.high])
     assert_inside(log, space.low, space.high)
     for variable, column in zip(space.variables, np.array([p.genome for p in proposals_of(log)]).T, strict=True):
         seen = {variable.read(float(number)) for number in column}
@@ -304,17 +324,11 @@ def test_integers_and_choices(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name != "random"], ids=str)
 def test_beats_random_search(case: Case) -> None:
-    space = reals(10)
+    space, count = reals(10), count_for(case, 300)
 
     def median(case: Case) -> float:
-        return float(
-            np.median(
-                [
-                    best_loss(drive(case.make(make_context(space, seed=seed, budget=300)), clean(smooth(space)), 300))
-                    for seed in range(3)
-                ]
-            )
-        )
+        contexts = [make_context(space, seed=seed, budget=count) for seed in range(3)]
+        return float(np.median([best_loss(drive(case.make(each), clean(smooth(space)), count)) for each in contexts]))
 
     assert median(case) < 0.7 * median(Case("random"))
 
