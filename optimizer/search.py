@@ -433,8 +433,16 @@ class Search:
             own=candidate.origin == "algorithm" and candidate.phase == stage.number,
             gains=self._gains(stage.algorithm, evaluation),
             items=candidate.items,
-            slopes=evaluation.slopes,
+            slopes=self._slopes(stage, evaluation),
         )
+
+    def _slopes(self, stage: _Stage, evaluation: Evaluation) -> NDArray[np.float64] | None:
+        """The slopes towards the models that a phase searches among."""
+        models = stage.space.problem.models
+        if evaluation.slopes is None or len(models) == len(self.problem.models):
+            return evaluation.slopes
+        columns = [number for number, name in enumerate(self.problem.models) if name in models]
+        return evaluation.slopes[..., [*columns, len(self.problem.models)]]
 
     def _gains(self, algorithm: Algorithm, evaluation: Evaluation) -> tuple[NDArray[np.float32], ...]:
         if not algorithm.needs_items or evaluation.values is None:

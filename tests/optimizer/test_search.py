@@ -384,6 +384,26 @@ def test_a_later_phase_is_told_of_the_candidates_before_it() -> None:
     np.testing.assert_allclose(stage.algorithm.context.start, stage.space.clip(adopted))
 
 
+def test_slopes_are_those_towards_the_experts_that_are_left() -> None:
+    spec = JobSpec.model_validate(
+        phased().model_dump(mode="json")
+        | {"phases": [{"algorithm": "random", "share": 0.3}, {"algorithm": "frank_wolfe", "keep_experts": 1}]}
+    )
+    log = run(spec)
+    told = [c for c in log.candidates if c.phase == 1 and c.slopes and log.evaluations.get(c.index)]
+    told = [c for c in told if log.evaluations[c.index].slopes is not None]
+    assert told
+    search = log.open()
+    slopes = log.evaluations[told[0].index].slopes
+    outcome = search._outcome(search._stage, told[0], log.evaluations[told[0].index])
+    assert slopes is not None
+    assert outcome is not None
+    assert outcome.slopes is not None
+    kept = list(search._stage.space.problem.models)
+    place = list(log.problem.models).index(kept[1])
+    np.testing.assert_array_equal(outcome.slopes, slopes[..., [0, place, 3]])
+
+
 def test_partial_evaluations_join_no_front_and_are_no_duplicates_of_full_ones() -> None:
     log = Log(spec_of("random"))
     search = log.open()

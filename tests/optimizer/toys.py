@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.fitness.aggregate import ItemScores
-from optimizer.geometry import TensorInfo
 from optimizer.ports import Candidate, Evaluation, Failure
 from optimizer.problem import Grams, OperatorInfo, Problem
 from optimizer.recipe import Leaf, Merge, PlannedLayer, Recipe
@@ -167,14 +166,13 @@ class World:
                 group = next(number for number, found in enumerate(groups) if found.matches(tensor))
                 where = self._ranges[tensor.name]
                 out[0, k, group] += away[:, where] @ gradient[where]
-                out[1, k, group, :-1] += self._cosines(gradient, here, tensor)
+                out[1, k, group] += self._cosines(gradient, here, where)
         return out
 
-    def _cosines(self, gradient: Vector, here: Vector, tensor: TensorInfo) -> Vector:
-        where = self._ranges[tensor.name]
-        to = np.array([(model - here)[where] for model in self.models.values()])
-        norms = np.linalg.norm(to, axis=1) * np.linalg.norm(gradient[where])
-        return np.asarray((to @ gradient[where]) / np.where(norms > 0, norms, 1.0))
+    def _cosines(self, gradient: Vector, here: Vector, where: slice) -> Vector:
+        weights = np.array([model[where] for model in (*self.models.values(), here)])
+        norms = np.linalg.norm(weights, axis=1) * np.linalg.norm(gradient[where])
+        return np.asarray((weights @ gradient[where]) / np.where(norms > 0, norms, 1.0))
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """The outcome of a candidate, per-item scores and slopes included; now and then it fails."""

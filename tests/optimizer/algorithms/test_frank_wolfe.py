@@ -15,7 +15,6 @@ from optimizer.algorithms.frank_wolfe import FrankWolfe
 from optimizer.errors import InvalidInput
 from optimizer.frank_wolfe_domain import Array, Chains, Table, starts
 from optimizer.frank_wolfe_space import ChainSpace, make_chain_space
-from optimizer.geometry import TensorInfo
 from optimizer.ports import Candidate, Evaluation, Failure
 from optimizer.problem import OperatorInfo, Problem
 from optimizer.recipe import Leaf, Merge, Recipe
@@ -53,11 +52,7 @@ VARIANTS = [
 
 
 class Quadratic(World):
-    """A world without failures, whose cosines are those with the weights themselves."""
-
-    def _cosines(self, gradient: Array, here: Array, tensor: TensorInfo) -> Array:
-        where = self._ranges[tensor.name]
-        return np.array([_cosine(gradient[where], model[where]) for model in self.models.values()])
+    """A world without failures."""
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         recipe = Recipe.parse(dict(candidate.recipe))
