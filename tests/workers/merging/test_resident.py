@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,22 @@ def test_tied_weights_stay_tied(tmp_path: Path, tied: bool) -> None:
     assert (head.data_ptr() == embeddings.data_ptr()) is tied
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert torch.equal(logits(model), logits(aligned(plain)))
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "base", tied=True)
+    tiny_llama(tmp_path / "one", seed=1, tied=True)
+    before = PreTrainedModel.tie_weights
+
+    def load(_: int) -> bool:
+        models = residents(tmp_path / "base", {"one": tmp_path / "one"})
+        model = models.model(None, "AutoModelForCausalLM")
+        weights = [model.get_parameter(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+        return weights[0].data_ptr() == weights[1].data_ptr()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(load, range(16)))
+    assert PreTrainedModel.tie_weights is before
 
 
 def test_weights_that_transformers_fuses_on_loading(tmp_path: Path) -> None:
