@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -26,14 +25,10 @@ from workers.merging.configs import Configs
 from workers.merging.engine import MergeEngine
 from workers.merging.plans import arranged, placements
 from workers.naming import canonical_names
-from workers.quiet import quiet
+from workers.quiet import ALONE, quiet
 
 KEPT = 16
 """Models of other depths whose modules are kept; their weights are the resident ones."""
-
-_LOADING = Lock()
-"""While transformers loads a model it replaces parts of its own classes, such as how weights are tied, and puts back what it
-found: two threads at once would leave the replacements behind."""
 
 UNUSED_POOLER = ("AutoModel", "pooler.")
 """Only the pooler of a headless model may be missing: nobody who asks for hidden states reads it. It is filled with NaN,
@@ -178,7 +173,7 @@ class ResidentModels:
         return self._pool[key]
 
     def _build(self, head: str | None, auto_class: str, data: Mapping[str, Any]) -> _Built:
-        with _LOADING:
+        with ALONE:  # weights are tied as long as no other thread loads
             return self._loaded(head, auto_class, data)
 
     def _loaded(self, head: str | None, auto_class: str, data: Mapping[str, Any]) -> _Built:
