@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from optimizer.pycma import LARGEST_STD, BoxConstraintsLinQuadTransformation, limit_alone, make_strategy
 from optimizer.space import Genome, SearchSpace, Variable
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it regrets the absence of matplotlib
-    from cma import CMAEvolutionStrategy
-    from cma.boundary_handler import BoxConstraintsLinQuadTransformation
-    from cma.sigma_adaptation import CMAAdaptSigmaCSA
-
-_LARGEST_STD = 1 / 3
 _ESCAPE = 0.73
 _LEARNING = 0.5
 
@@ -93,7 +86,8 @@ class MixedNormal:
         if self._strategy is not None:
             vectors = [self._vector(genome[self._numeric], own) for genome, own in zip(genomes, sampled, strict=True)]
             self._strategy.tell(vectors, scores.tolist(), check_points=False)
-            self._limit_alone()
+            if len(self._numeric) == 1:
+                limit_alone(self._strategy, LARGEST_STD, float(self._cube.smallest_std[0]))
         best = np.argsort(scores, kind="stable")[: self._population // 2]
         self._choices.learn(np.array(genomes)[best])
 
@@ -103,38 +97,18 @@ class MixedNormal:
             return vector
         return np.asarray(self._strategy.repair_genotype(vector, copy_if_changed=True), dtype=np.float64)
 
-    def _limit_alone(self) -> None:
-        """pycma keeps its limits by scaling single coordinates, which fails where there is only one."""
-        if len(self._numeric) == 1:
-            std = float(self._strategy.stds[0])
-            self._strategy.sigma *= np.clip(std, self._cube.smallest_std[0], _LARGEST_STD) / std
-
     def _start(self, unit: Vector, std: float, covariance: Vector | None, diagonal: bool) -> None:
-        several = len(unit) > 1
         stds = np.full(len(unit), std) if covariance is None else np.sqrt(np.diag(covariance))
-        sigma = std if covariance is None else float(np.exp(np.log(stds).mean()))
-        options: dict[str, Any] = {
-            # A generator of its own: pycma's default draws from numpy's global one, and seeds it.
-            "seed": np.nan,
-            "randn": lambda *shape: self._random.standard_normal(shape),
-            # pycma reads options from a file in the working directory otherwise.
-            "signals_filename": None,
-            "verbose": -10,
-            "verb_log": 0,
-            "popsize": self._population,
-            "CMA_diagonal": diagonal and several,  # the same for one, and pycma's diagonal needs two
-            # Two-point adaptation, the default in high dimensions, needs its own unrecorded vectors back.
-            "AdaptSigma": CMAAdaptSigmaCSA,
-            "CMA_mirrors": 0,
-            # A change of coordinates in mid-run would make recorded vectors mean something else.
-            "conditioncov_alleviate": None,
-            "maxstd": _LARGEST_STD if several else np.inf,
-            "minstd": self._cube.smallest_std if several else 0.0,
-            "CMA_stds": np.clip(stds, self._cube.first_std, _LARGEST_STD) / sigma,
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one dimension is poorly tested, it says; our tests run it
-            self._strategy = CMAEvolutionStrategy(self._cube.inner(unit), sigma, options)
+        self._strategy = make_strategy(
+            self._cube.inner(unit),
+            std if covariance is None else float(np.exp(np.log(stds).mean())),
+            self._population,
+            self._random,
+            diagonal=diagonal,
+            stds=np.clip(stds, self._cube.first_std, LARGEST_STD),
+            largest=LARGEST_STD,
+            smallest=self._cube.smallest_std,
+        )
         if covariance is not None and not diagonal:
             correlation = covariance / np.outer(stds, stds)
             own = np.sqrt(np.diag(self._strategy.sm.C))
@@ -157,8 +131,8 @@ class _Cube:
         self._transformation = BoxConstraintsLinQuadTransformation([[0.0, 1.0]])
         self._step = np.array([0.0 if v.kind == "real" else 1.0 / (v.high - v.low) for v in variables])
         self._margin = -float(ndtri(min(0.25, 1 / (len(variables) * population)) / 2))
-        self.smallest_std = np.minimum(self._step / 2 / self._margin, _LARGEST_STD / 2)
-        self.first_std = np.minimum(self._step / 2, _LARGEST_STD)
+        self.smallest_std = np.minimum(self._step / 2 / self._margin, LARGEST_STD / 2)
+        self.first_std = np.minimum(self._step / 2, LARGEST_STD)
 
     def unit(self, numbers: Vector) -> Vector:
         """Return the point of the unit cube, moved inside it where a foreign genome lies outside the bounds."""

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
-from optimizer.niches.breeding import BoxBreeding, Breeding, TableBreeding, breeding_space, same
+from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.niches.breeding import BoxBreeding, Breeding, TableBreeding, breeding_space
 from optimizer.niches.grid import Elite, Grid
 from optimizer.niches.scores import draw
+from optimizer.niches.search import NicheSearch
 from optimizer.problem import Problem
 from optimizer.space import JobSpace
 from optimizer.spec import JobSpec, Strict
@@ -18,7 +19,7 @@ from optimizer.tables import TableSpace
 
 
 @algorithm("cycle_qd")
-class CycleQd(Algorithm):
+class CycleQd(NicheSearch):
     """Keeps an archive for each objective: its value is the quality, and the grid is over the other objectives' values.
 
     Each generation breeds from the next archive, and every outcome competes in all of them. Parents are drawn by elite
@@ -72,21 +73,12 @@ class CycleQd(Algorithm):
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
-        self._random = context.generator()
-        self._breeding = self._make_breeding()
-        self._first = self._breeding.begin()
         tasks = context.objectives
         self._archives = [Grid(int(options.bins), tasks - 1) for _ in range(tasks)]
-        self._proposed = 0
 
-    def ask(self, count: int) -> list[Proposal]:
-        """Return ``count`` children; it never waits."""
-        return [self._propose() for _ in range(max(0, count))]
-
-    def tell(self, outcome: Outcome) -> None:
+    def _compete(self, outcome: Outcome) -> None:
         """Let a feasible candidate compete in every archive."""
-        self._first = [genome for genome in self._first if not same(genome, outcome.genome)]
-        if not outcome.feasible or outcome.items is not None or outcome.losses is None:
+        if outcome.losses is None:
             return
         values = -outcome.losses
         for task, archive in enumerate(self._archives):

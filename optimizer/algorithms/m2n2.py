@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.errors import InvalidInput
 from optimizer.geometry import Cuts
-from optimizer.niches.breeding import BreedingOptions, breeding_space, gram_cuts, make_breeding, same
+from optimizer.niches.breeding import BreedingOptions, breeding_space, gram_cuts, same
 from optimizer.niches.scores import Capacity, ItemScores, draw, item_gains
+from optimizer.niches.search import NicheSearch
 from optimizer.problem import Problem
 from optimizer.space import Genome, JobSpace
 from optimizer.spec import JobSpec
@@ -26,7 +27,7 @@ class _Member:
 
 
 @algorithm("m2n2")
-class M2n2(Algorithm):
+class M2n2(NicheSearch):
     """Keeps an archive in which candidates share what each item has to give, so that specialists for few items survive.
 
     Steady state: each proposal is a child of two members of the archive as it was told so far, however many are in
@@ -94,25 +95,13 @@ class M2n2(Algorithm):
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
-        self._random = context.generator()
-        self._breeding = make_breeding(context, options, self._random)
-        self._first = self._breeding.begin()
-        self._proposed = 0
         self._members: list[_Member] = []
         self._sizes: tuple[int, ...] = ()
         self._gains: NDArray[np.float64] = np.empty((0, 0))
         self._scores: ItemScores | None = None
         self._fitness: NDArray[np.float64] = np.empty(0)
 
-    def ask(self, count: int) -> list[Proposal]:
-        """Return ``count`` children; it never waits."""
-        return [self._propose() for _ in range(max(0, count))]
-
-    def tell(self, outcome: Outcome) -> None:
-        """Let a feasible candidate compete for a place in the archive."""
-        self._first = [genome for genome in self._first if not same(genome, outcome.genome)]
-        if not outcome.feasible or outcome.items is not None:
-            return
+    def _compete(self, outcome: Outcome) -> None:
         gains = item_gains(outcome)
         sizes = tuple(len(part) for part in gains)
         distinct = not self.options.duplicates
@@ -123,14 +112,14 @@ class M2n2(Algorithm):
         self._sizes = sizes
         self._members.append(_Member(outcome.index, outcome.genome))
         self._gains = np.vstack([self._gains.reshape(-1, sum(sizes)), np.concatenate(gains)])
-        self._compete()
+        self._score()
         if len(self._members) > self.options.archive:
             worst = int(np.argmin(self._fitness))
             del self._members[worst]
             self._gains = np.delete(self._gains, worst, axis=0)
-            self._compete()
+            self._score()
 
-    def _compete(self) -> None:
+    def _score(self) -> None:
         self._scores = ItemScores(
             self._gains,
             self._sizes,

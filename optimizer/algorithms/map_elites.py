@@ -8,18 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.geometry import Cuts
-from optimizer.niches.breeding import BreedingOptions, breeding_space, gram_cuts, make_breeding, same
+from optimizer.niches.breeding import BreedingOptions, breeding_space, gram_cuts
 from optimizer.niches.grid import Elite, Grid
 from optimizer.niches.scores import draw, item_gains
+from optimizer.niches.search import NicheSearch
 from optimizer.problem import Problem
 from optimizer.space import JobSpace
 from optimizer.spec import JobSpec
 
 
 @algorithm("map_elites")
-class MapElites(Algorithm):
+class MapElites(NicheSearch):
     """Keeps the best candidate for each combination of descriptors: objectives' values, or accuracies on groups of items.
 
     Quality is the weighted sum of the objectives' values. Steady state: both parents are drawn among the elites in
@@ -65,24 +66,15 @@ class MapElites(Algorithm):
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
-        self._random = context.generator()
-        self._breeding = make_breeding(context, options, self._random)
-        self._first = self._breeding.begin()
         self._by_objective = options.descriptors == "objectives" or (
             options.descriptors == "auto" and context.objectives > 1
         )
         self._grid: Grid | None = None
         self._dimensions = 0
-        self._proposed = 0
 
-    def ask(self, count: int) -> list[Proposal]:
-        """Return ``count`` children; it never waits."""
-        return [self._propose() for _ in range(max(0, count))]
-
-    def tell(self, outcome: Outcome) -> None:
+    def _compete(self, outcome: Outcome) -> None:
         """Put a feasible candidate in its cell if it is the best there."""
-        self._first = [genome for genome in self._first if not same(genome, outcome.genome)]
-        if not outcome.feasible or outcome.items is not None or outcome.losses is None:
+        if outcome.losses is None:
             return
         descriptors = self._descriptors(outcome)
         if self._grid is None:

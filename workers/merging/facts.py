@@ -19,7 +19,7 @@ from optimizer.spec import Scalar
 from workers.checkpoints import Factors
 from workers.merging.cache import key_of
 from workers.merging.nodes import Node, identity, lasting
-from workers.merging.operator import MergeMeasured, Numbers, Whole
+from workers.merging.operator import MergeMeasured, Numbers, Settings, Whole
 from workers.system import give_back
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 LARGE = 1 << 16
 """Elements of a parameter from which on memory that was needed for an answer about it is given back at once."""
-
-Settings = Mapping[str, Scalar | Sequence[float]]
 
 
 @dataclass(frozen=True)

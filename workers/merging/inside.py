@@ -27,12 +27,11 @@ from workers.merging.operator import (
     Operator,
     Options,
     Parameter,
+    Settings,
     Whole,
     make_options,
     varies,
 )
-
-Settings = Mapping[str, Scalar | Sequence[float]]
 
 
 class InnerOptions(Options):

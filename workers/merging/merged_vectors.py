@@ -5,17 +5,14 @@ Preparing goes through all experts; a candidate then reads the base and the prep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from optimizer.spec import Scalar
 from workers.merging.blocks import blockwise, work_dtype
-from workers.merging.operator import Parameter, Whole
+from workers.merging.operator import Parameter, Settings, Whole
 from workers.merging.spectral import add_prepared
-
-Settings = Mapping[str, Scalar | Sequence[float]]
 
 
 def add_merged_vector(

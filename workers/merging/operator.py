@@ -20,6 +20,9 @@ from optimizer.registry import Registry
 from optimizer.spec import ChoiceVariable, RangeVariable, Scalar, Strict
 from workers.checkpoints import Factors
 
+Settings = Mapping[str, Scalar | Sequence[float]]
+"""What an answer depends on besides the parameter: values of options."""
+
 
 class Options(Strict):
     """Base of the operators' options; the fields' bounds are also the widest that a search may vary them in."""
@@ -93,7 +96,7 @@ class Facts(Protocol):
         compute: Callable[[Whole], Numbers],
         *,
         of: Sequence[int] | None = None,
-        settings: Mapping[str, Scalar | Sequence[float]] | None = None,
+        settings: Settings | None = None,
     ) -> Numbers:
         """Return ``compute`` of the whole parameter, even where the operator sees a stretch of it.
 
@@ -112,7 +115,7 @@ class Facts(Protocol):
         compute: Callable[[Iterable[tuple[TensorInfo, Whole]]], Numbers],
         *,
         of: Sequence[int] | None = None,
-        settings: Mapping[str, Scalar | Sequence[float]] | None = None,
+        settings: Settings | None = None,
     ) -> Numbers:
         """Return ``compute`` of all shared parameters together; it may iterate over them several times.
 
@@ -126,7 +129,7 @@ class Facts(Protocol):
         compute: Callable[[TensorInfo, Whole], Numbers],
         *,
         of: Sequence[int] | None = None,
-        settings: Mapping[str, Scalar | Sequence[float]] | None = None,
+        settings: Settings | None = None,
     ) -> Iterable[tuple[TensorInfo, Numbers]]:
         """Yield `of_tensor`'s answer, known or new, for every shared parameter in turn.
 
