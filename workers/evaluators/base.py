@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from optimizer.errors import InvalidData, InvalidInput, RetryableError, from_validation
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import Cost
 from optimizer.problem import EvaluatorInfo
 from optimizer.registry import Registry
 from optimizer.spec import Direction, Objective, Strict
@@ -53,6 +54,18 @@ class Prediction:
     last: bool = True
 
 
+class Scores(dict[str, ItemScores]):
+    """The scores of an evaluation by metric, and what they cost.
+
+    Attributes:
+        cost: of all of them together.
+    """
+
+    def __init__(self, scores: Mapping[str, ItemScores], cost: Cost) -> None:
+        super().__init__(scores)
+        self.cost = cost
+
+
 class Evaluator(ABC):
     """A measure of a model on the rows of an objective.
 
@@ -64,13 +77,16 @@ class Evaluator(ABC):
       gives the same scores bit for bit; the batch size and the order of the rows change no more than rounding.
     - The model may be on any device, in float32 or bfloat16; it is left as it was. Losses are computed in float32.
     - Scores that are NaN or infinite are returned as they are: the aggregation decides what they mean.
+    - What an evaluation cost comes with its scores: `scored` does so where every evaluation takes the same tokens.
 
     Attributes:
         metrics: metric to its direction; the first is the default.
         columns: role of each data column to its description.
         auto_class: name of the class of `transformers` that opens the models it scores.
         uses_head: whether it needs a head that belongs to one expert.
+        version: raise it when the same model and rows no longer give the same scores, so that none is read from a cache.
         digest: SHA-256 over the rows, as hexadecimal digits.
+        tokens: that a model reads in an evaluation of all rows; 0 where it reads none, or where they are counted otherwise.
     """
 
     name: ClassVar[str]
@@ -79,6 +95,7 @@ class Evaluator(ABC):
     columns: ClassVar[dict[str, str]]
     auto_class: ClassVar[str]
     uses_head: ClassVar[bool]
+    version: ClassVar[int] = 1
 
     class Options(Strict):
         """Options of the evaluator; subclasses add fields with bounds and descriptions."""
@@ -113,6 +130,7 @@ class Evaluator(ABC):
         self.options = options
         self._items = len(rows)
         self.digest = rows.digest
+        self.tokens = 0
         self._made_from = (options, rows, model_dir, field)
 
     def __len__(self) -> int:
@@ -132,7 +150,7 @@ class Evaluator(ABC):
         return type(self).predictions is not Evaluator.predictions
 
     @abstractmethod
-    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Score a model.
 
         Args:
@@ -140,8 +158,12 @@ class Evaluator(ABC):
             cancelled: asked before every batch; True raises `Cancelled`.
 
         Returns:
-            For each metric its scores, shape (items,).
+            For each metric its scores, shape (items,), and the cost.
         """
+
+    def scored(self, scores: Mapping[str, ItemScores], tokens: int | None = None) -> Scores:
+        """Return scores of all rows with their cost; ``tokens`` where an evaluation does not take `tokens` of them."""
+        return Scores(scores, Cost(items=len(self), tokens=self.tokens if tokens is None else tokens))
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """Yield what a model holds likely of each item, in no particular order, for gradients with respect to weights.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
-from workers.evaluators.base import Evaluator, Prediction, evaluator, never
+from workers.evaluators.base import Evaluator, Prediction, Scores, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -75,20 +75,23 @@ class CausalLM(Evaluator):
         self._tokens = np.array([len(ids) for ids in encoded])
         self._bytes = np.array([len(text.encode()) for text in texts])
         self._scorer = LikelihoodScorer(sequences, self.config, model_dir, field, options.batch_size)
+        self.tokens = self._scorer.tokens
 
-    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Score a causal language model."""
         losses = self._scorer.losses(model, cancelled)
         nats = np.bincount(self._owners, weights=losses, minlength=len(self))
         per_token = nats / self._tokens
         with np.errstate(over="ignore"):  # a perplexity is infinite in float32 above 88 nats a token, and meant to be
-            return {
-                "bits_per_byte": ItemScores(
-                    (nats / math.log(2) / self._bytes).astype(np.float32), self._bytes.astype(np.float32)
-                ),
-                "loss": ItemScores(per_token.astype(np.float32), self._tokens.astype(np.float32)),
-                "perplexity": ItemScores(np.exp(per_token).astype(np.float32)),
-            }
+            return self.scored(
+                {
+                    "bits_per_byte": ItemScores(
+                        (nats / math.log(2) / self._bytes).astype(np.float32), self._bytes.astype(np.float32)
+                    ),
+                    "loss": ItemScores(per_token.astype(np.float32), self._tokens.astype(np.float32)),
+                    "perplexity": ItemScores(np.exp(per_token).astype(np.float32)),
+                }
+            )
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """See `Evaluator.predictions`; every window is an item."""

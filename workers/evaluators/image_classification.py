@@ -13,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, Prediction, by_length, evaluator, never, run
+from workers.evaluators.base import Batch, Evaluator, Prediction, Scores, by_length, evaluator, never, run
 from workers.evaluators.loading import load_image_processor
 
 
@@ -47,9 +46,9 @@ class ImageClassification(Evaluator):
             for items in by_length([1] * len(rows), options.batch_size)  # in their order: all have one length
         ]
 
-    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Score an image classifier."""
-        return classification.item_scores(run(model, self._batches, self._score, cancelled))
+        return self.scored(classification.item_scores(run(model, self._batches, self._score, cancelled)))
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """See `Evaluator.predictions`."""

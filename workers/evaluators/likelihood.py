@@ -45,6 +45,9 @@ class LikelihoodScorer:
         field: dotted path of the objective.
         batch_size: most sequences in a batch; fewer where they are long.
 
+    Attributes:
+        tokens: that a model reads for all of them.
+
     Raises:
         InvalidCheckpoint: a token is not in the model's vocabulary.
     """
@@ -56,6 +59,7 @@ class LikelihoodScorer:
         vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1
         groups = by_length([len(s.ids) - 1 for s in sequences], batch_size, _MAX_LOGITS // vocabulary)
         self._sequences = sequences
+        self.tokens = sum(len(sequence.ids) - 1 for sequence in sequences)
         self._batches = [_batch(items, [sequences[i] for i in items]) for items in groups]
 
     def losses(self, model: PreTrainedModel, cancelled: Callable[[], bool]) -> NDArray[np.float64]:

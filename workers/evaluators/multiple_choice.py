@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows, is_text
-from workers.evaluators.base import Evaluator, Prediction, evaluator, never
+from workers.evaluators.base import Evaluator, Prediction, Scores, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -92,18 +92,21 @@ class MultipleChoice(Evaluator):
         owners = np.repeat(np.arange(len(choices)), self._counts)
         sequences = [_cut(sequence, limit, int(row), rows) for sequence, row in zip(sequences, owners, strict=True)]
         self._scorer = LikelihoodScorer(sequences, self.config, model_dir, field, options.batch_size)
+        self.tokens = self._scorer.tokens
 
-    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Score a causal language model."""
         likelihoods = -self._scorer.losses(model, cancelled)
         ends = np.cumsum(self._counts)[:-1]
         plain = np.split(likelihoods, ends)
         normed = np.split(likelihoods / self._bytes, ends)
-        return {
-            "accuracy": _item_scores(_correct, plain, self._answers),
-            "accuracy_norm": _item_scores(_correct, normed, self._answers),
-            "loss": _item_scores(_loss, plain, self._answers),
-        }
+        return self.scored(
+            {
+                "accuracy": _item_scores(_correct, plain, self._answers),
+                "accuracy_norm": _item_scores(_correct, normed, self._answers),
+                "loss": _item_scores(_loss, plain, self._answers),
+            }
+        )
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """See `Evaluator.predictions`; the choices are the classes, each as likely as ``loss`` takes it to be."""

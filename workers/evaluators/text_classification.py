@@ -11,11 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, Prediction, by_length, evaluator, never, pad, run
+from workers.evaluators.base import Batch, Evaluator, Prediction, Scores, by_length, evaluator, never, pad, run
 from workers.evaluators.loading import check_vocabulary, load_tokenizer, max_length
 
 
@@ -59,12 +58,13 @@ class TextClassification(Evaluator):
             if not ids:
                 raise rows.error("text", row, "the text has no tokens")
         check_vocabulary(encoded["input_ids"], self.config, model_dir, field)
+        self.tokens = sum(len(ids) for ids in encoded["input_ids"])
         self._classes = classification.class_count(self.config, field)
         self._batches = _batches(encoded, labels, tokenizer, self.config, options.batch_size)
 
-    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> dict[str, ItemScores]:
+    def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Score a sequence classifier."""
-        return classification.item_scores(run(model, self._batches, self._score, cancelled))
+        return self.scored(classification.item_scores(run(model, self._batches, self._score, cancelled)))
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """See `Evaluator.predictions`."""
