@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import migrations
 from api import warm_starts
@@ -25,6 +26,9 @@ from optimizer.errors import Conflict
 from optimizer.ports import PoolFactory
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
+
+if TYPE_CHECKING:  # the workers' packages load torch
+    from workers.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +51,15 @@ def inspect(settings: Settings, spec: JobSpec) -> Problem:
     from workers.roots import Roots
 
     if spec.warm_starts.jobs:
-        return prepare(spec, Roots(settings.roots))
-    return prepare(spec, Roots(settings.roots), digest=quick_digest)
+        return prepare(spec, Roots(settings.roots, make_policy(settings)))
+    return prepare(spec, Roots(settings.roots, make_policy(settings)), digest=quick_digest)
+
+
+def make_policy(settings: Settings) -> Policy:
+    """Return what the settings allow jobs to do."""
+    from workers.policy import Policy
+
+    return Policy.model_validate(settings.model_dump(include=set(Policy.model_fields)))
 
 
 def make_pools(settings: Settings) -> PoolFactory:
@@ -58,8 +69,8 @@ def make_pools(settings: Settings) -> PoolFactory:
 
     cache = Cache(settings.cache_dir, disk_bytes=settings.cache_bytes)
     if settings.pool == "local":
-        return LocalPoolFactory(settings.roots, cache)
-    return RayPoolFactory(settings.roots, settings.ray_address, cache=cache)
+        return LocalPoolFactory(settings.roots, cache, make_policy(settings))
+    return RayPoolFactory(settings.roots, settings.ray_address, cache=cache, policy=make_policy(settings))
 
 
 def serve(settings: Settings) -> None:

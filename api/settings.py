@@ -83,6 +83,26 @@ class Settings(BaseSettings):
     ray_address: str | None = Field(
         default=None, description="Address of an existing Ray cluster; none starts one on this machine."
     )
+    entry_points: Names = Field(
+        default=[], description="Functions that objectives may call, as `package.module:function`, separated by commas."
+    )
+    task_code: bool = Field(
+        default=False, description="Whether evaluation harness task files may run code of their own."
+    )
+    code_execution: bool = Field(
+        default=False, description="Whether generated programs may be run, in a sandbox, to grade them."
+    )
+    hosts: Names = Field(
+        default=[],
+        description="Services that jobs may ask, as `host` or `host:port`, separated by commas; none by default.",
+    )
+    private_hosts: bool = Field(
+        default=False, description="Whether these services may have loopback, private or link-local addresses."
+    )
+    secrets_dir: Path | None = Field(
+        default=None,
+        description="Directory with a file for each secret that jobs name; MERGEOPT_SECRET_name variables come first.",
+    )
     max_jobs: int = Field(default=1, ge=1, le=1000, description="Jobs that one controller runs at once.")
     lease_ttl_s: float = Field(
         default=30.0, gt=0, description="Seconds after which another controller may take over a job from a dead one."
@@ -107,15 +127,15 @@ class Settings(BaseSettings):
     def _split_paths(cls, value: Any) -> Any:
         return _split(value, f"[,{re.escape(os.pathsep)}]")
 
-    @field_validator("public_hosts", mode="before")
+    @field_validator("public_hosts", "hosts", "entry_points", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         return _split(value, ",")
 
-    @field_validator("home", "exports_dir", "cache_dir")
+    @field_validator("home", "exports_dir", "cache_dir", "secrets_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @field_validator("roots")
     @classmethod

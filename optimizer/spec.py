@@ -295,7 +295,9 @@ class Objective(Strict):
         examples=["text_classification"],
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
-    data: DataSpec = Field(description="The items it is measured on.")
+    data: DataSpec | None = Field(
+        default=None, description="The items it is measured on; left out where the evaluator brings its own."
+    )
     metric: str | None = Field(
         default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
     )

@@ -59,7 +59,7 @@ def make_problem(spec: JobSpec, layers: int = 4) -> Problem:
                 at_least=objective.constraint.at_least if objective.constraint else None,
                 at_most=objective.constraint.at_most if objective.constraint else None,
                 items=_ITEMS,
-                data_digest=_digest(objective.data.path),
+                data_digest=_digest(objective.data.path if objective.data else objective.name),
             )
             for objective in spec.objectives
         ],

@@ -97,6 +97,11 @@ class Rows:
         return self.columns.get(role, role)
 
 
+def no_rows(field: str) -> Rows:
+    """Return what an evaluator with items of its own gets."""
+    return Rows([], [], {}, field, digest_of([]))
+
+
 def load_rows(data: DataSpec, path: Path, field: str) -> Rows:
     """Read the rows that a data spec asks for.
 

@@ -28,8 +28,9 @@ from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec, Workers
 from workers.merging.cache import Cache
+from workers.policy import Policy
 from workers.prepare import prepare
-from workers.roots import Roots
+from workers.roots import NOTHING, Roots
 from workers.worker import EvaluationWorker
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,11 @@ class LocalPoolFactory:
     Args:
         roots: directories that checkpoints and data may be in.
         cache: where what operators prepare is kept; in memory by default.
+        policy: what else jobs may do.
     """
 
-    def __init__(self, roots: Sequence[Path], cache: Cache | None = None) -> None:
-        self._roots = Roots(roots)
+    def __init__(self, roots: Sequence[Path], cache: Cache | None = None, policy: Policy = NOTHING) -> None:
+        self._roots = Roots(roots, policy)
         self._cache = cache
 
     def prepare(self, spec: JobSpec) -> Problem:
@@ -160,6 +162,7 @@ class RayPoolFactory:
         address: of the cluster (``"auto"``, ``"10.0.0.1:6379"``, ``"ray://…"``); None starts a local Ray.
         start_timeout_s: how long to wait for the first worker of a job, e.g. for an autoscaler to add nodes.
         cache: where each node keeps what operators prepare; in each worker's memory by default.
+        policy: what else jobs may do.
     """
 
     def __init__(
@@ -168,9 +171,9 @@ class RayPoolFactory:
         address: str | None = None,
         start_timeout_s: float = 900.0,
         cache: Cache | None = None,
+        policy: Policy = NOTHING,
     ) -> None:
-        self._paths = [str(path) for path in roots]
-        self._roots = Roots(roots)
+        self._roots = Roots(roots, policy)
         self._address = address
         self._start_timeout_s = start_timeout_s
         self._cache = cache
@@ -185,7 +188,7 @@ class RayPoolFactory:
         """See `optimizer.ports.PoolFactory`."""
         if self._address is None:
             _check_fits(spec.workers)
-        return RayPool(spec, problem, self._paths, self._start_timeout_s, self._cache)
+        return RayPool(spec, problem, self._roots, self._start_timeout_s, self._cache)
 
     def close(self) -> None:
         """Disconnect, and stop the local Ray if there is one."""
@@ -243,12 +246,12 @@ class RayPool:
         self,
         spec: JobSpec,
         problem: Problem,
-        roots: Sequence[str],
+        roots: Roots,
         start_timeout_s: float,
         cache: Cache | None = None,
     ) -> None:
         self._spec = spec
-        self._inputs = ray.put((spec.model_dump_json(), problem.model_dump_json(), list(roots), cache))
+        self._inputs = ray.put((spec.model_dump_json(), problem.model_dump_json(), roots, cache))
         self._start_timeout_s = start_timeout_s
         self._waiting: deque[Task] = deque()
         self._attempts: Counter[int] = Counter()
@@ -390,13 +393,13 @@ class _EvaluationActor:
     def __init__(self) -> None:
         self._worker: EvaluationWorker | None = None
 
-    def load(self, inputs: tuple[str, str, list[str], Cache | None], name: str) -> None:
+    def load(self, inputs: tuple[str, str, Roots, Cache | None], name: str) -> None:
         """Load the models and the items of a job."""
         spec, problem, roots, cache = inputs
         self._worker = EvaluationWorker(
             JobSpec.model_validate_json(spec),
             Problem.model_validate_json(problem),
-            Roots([Path(root) for root in roots]),
+            roots,
             f"{name}@{socket.gethostname()}:{os.getpid()}",
             cache=cache,
         )

@@ -15,8 +15,8 @@ from optimizer.spec import JobSpec, Objective, RangeVariable
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
-from workers.data import load_rows
-from workers.evaluators.base import EVALUATORS, Evaluator, parse_evaluator, resolve_metric
+from workers.data import Rows, load_rows, no_rows
+from workers.evaluators.base import EVALUATORS, Evaluator, Inputs, parse_evaluator, resolve_metric
 from workers.grams import measure_grams
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
@@ -92,10 +92,24 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
     for number, objective in enumerate(spec.objectives):
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
-        path = roots.path(objective.data.path, f"{field}.data.path")
-        rows = load_rows(objective.data, path, f"{field}.data")
-        evaluators.append(cls(options, rows, checkpoints[objective.head or "base"].path, field))
+        rows = _rows(objective, cls, roots, field)
+        evaluators.append(cls(options, Inputs(rows, checkpoints[objective.head or "base"].path, field, roots.policy)))
     return evaluators
+
+
+def _rows(objective: Objective, cls: type[Evaluator], roots: Roots, field: str) -> Rows:
+    data = objective.data
+    if cls.own_items and data is not None:
+        raise InvalidInput(
+            f"{cls.name} brings its own items", field=f"{field}.data", remedy="leave the data out; see its options"
+        )
+    if cls.own_items:
+        return no_rows(f"{field}.data")
+    if data is None:
+        raise InvalidInput(
+            f"{cls.name} needs data to measure on", field=f"{field}.data", remedy="name a file or a directory"
+        )
+    return load_rows(data, roots.path(data.path, f"{field}.data.path"), f"{field}.data")
 
 
 def _operator(spec: JobSpec) -> OperatorInfo:
@@ -205,7 +219,7 @@ def _check_heads(spec: JobSpec, layout: Layout) -> None:
 
 
 def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> ResolvedObjective:
-    metric, direction = resolve_metric(objective, type(evaluator), number)
+    metric, direction = resolve_metric(objective, evaluator, number)
     constraint = objective.constraint
     return ResolvedObjective(
         name=objective.name,

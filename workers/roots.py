@@ -10,19 +10,28 @@ from huggingface_hub import snapshot_download
 
 from optimizer.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
 from optimizer.spec import ModelRef
+from workers.policy import Policy
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md"]
 """Files that are downloaded: no pickles, no code."""
 
 
+NOTHING = Policy()
+
+
 class Roots:
     """The directories that paths in job specs may lead to.
 
+    Attributes:
+        policy: what else the operator of the server allows.
+
     Args:
         paths: the roots; relative paths are tried under each in this order.
+        policy: nothing else by default.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], policy: Policy = NOTHING) -> None:
+        self.policy = policy
         self.paths = tuple(Path(os.path.realpath(path)) for path in paths)
 
     def path(self, text: str, field: str) -> Path:

@@ -25,6 +25,8 @@ from optimizer.registry import Registry
 from optimizer.spec import Direction, Objective, Strict
 from workers.data import Rows, digest_of
 from workers.evaluators.loading import load_config
+from workers.policy import Policy
+from workers.roots import NOTHING
 
 
 class Cancelled(RetryableError):
@@ -66,6 +68,24 @@ class Scores(dict[str, ItemScores]):
         self.cost = cost
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What an evaluator is made from, beside its options.
+
+    Attributes:
+        rows: the items, at least one; none where the evaluator has items of its own.
+        model_dir: checkpoint directory with the config and the tokenizer or image processor: the head expert's, else the
+            base's.
+        field: dotted path of the objective in the job: ``objectives.0``.
+        policy: what the server allows.
+    """
+
+    rows: Rows
+    model_dir: Path
+    field: str
+    policy: Policy = NOTHING
+
+
 class Evaluator(ABC):
     """A measure of a model on the rows of an objective.
 
@@ -80,10 +100,12 @@ class Evaluator(ABC):
     - What an evaluation cost comes with its scores: `scored` does so where every evaluation takes the same tokens.
 
     Attributes:
-        metrics: metric to its direction; the first is the default.
+        metrics: metric to its direction; the first is the default. An instance may have others than its class, which then
+            shows those that all have.
         columns: role of each data column to its description.
         auto_class: name of the class of `transformers` that opens the models it scores.
         uses_head: whether it needs a head that belongs to one expert.
+        own_items: whether the items come from its options, so that an objective names no data.
         version: raise it when the same model and rows no longer give the same scores, so that none is read from a cache.
         digest: SHA-256 over the rows, as hexadecimal digits.
         tokens: that a model reads in an evaluation of all rows; 0 where it reads none, or where they are counted otherwise.
@@ -91,10 +113,11 @@ class Evaluator(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    metrics: ClassVar[dict[str, Direction]]
+    metrics: Mapping[str, Direction]
     columns: ClassVar[dict[str, str]]
     auto_class: ClassVar[str]
     uses_head: ClassVar[bool]
+    own_items: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     class Options(Strict):
@@ -104,21 +127,19 @@ class Evaluator(ABC):
             default=32, ge=1, le=4096, description="Most sequences or images in one forward pass.", examples=[32]
         )
 
-    def __init__(self, options: Any, rows: Rows, model_dir: Path, field: str) -> None:
+    def __init__(self, options: Any, inputs: Inputs) -> None:
         """Prepare the rows.
 
         Args:
             options: an instance of the class's ``Options``.
-            rows: the items, at least one.
-            model_dir: checkpoint directory with the config and the tokenizer or image processor: the head expert's,
-                else the base's.
-            field: dotted path of the objective in the job: ``objectives.0``.
+            inputs: the rows and what they are to be read with.
 
         Raises:
             InvalidData: a row does not fit; names the column's field and the row.
             InvalidInput: the data maps a role that the evaluator does not have, or an option does not fit the model.
             InvalidCheckpoint: the config, tokenizer or image processor is missing or unusable.
         """
+        rows = inputs.rows
         for role in rows.columns:
             if role not in self.columns:
                 raise InvalidData(
@@ -126,23 +147,23 @@ class Evaluator(ABC):
                     field=f"{rows.field}.columns.{role}",
                     remedy=f"its roles are: {', '.join(self.columns)}",
                 )
-        self.config = load_config(model_dir, field)
+        self.config = load_config(inputs.model_dir, inputs.field)
         self.options = options
         self._items = len(rows)
         self.digest = rows.digest
         self.tokens = 0
-        self._made_from = (options, rows, model_dir, field)
+        self._inputs = inputs
 
     def __len__(self) -> int:
         return self._items
 
     def subset(self, items: Sequence[int]) -> Self:
         """Return an evaluator of the same kind over some of the rows, in the order of ``items``."""
-        options, rows, model_dir, field = self._made_from
+        rows = self._inputs.rows
         chosen = [rows.items[item] for item in items]
         places = [rows.places[item] for item in items]
         part = dataclasses.replace(rows, items=chosen, places=places, digest=digest_of(chosen))
-        return type(self)(options, part, model_dir, field)
+        return type(self)(self.options, dataclasses.replace(self._inputs, rows=part))
 
     @property
     def differentiable(self) -> bool:
@@ -187,7 +208,7 @@ class Evaluator(ABC):
         return EvaluatorInfo(
             name=cls.name,
             summary=cls.summary,
-            metrics=cls.metrics,
+            metrics=dict(cls.metrics),
             columns=cls.columns,
             options_schema=cls.Options.model_json_schema(),
         )
@@ -227,20 +248,20 @@ def find_evaluator(name: str, options: Mapping[str, Any], field: str) -> tuple[t
         raise from_validation(error, f"{field}.options") from error
 
 
-def resolve_metric(objective: Objective, cls: type[Evaluator], index: int) -> tuple[str, Direction]:
+def resolve_metric(objective: Objective, found: Evaluator | type[Evaluator], index: int) -> tuple[str, Direction]:
     """Return the objective's metric and direction with the evaluator's defaults filled in.
 
     Raises:
         InvalidInput: the evaluator has no such metric; names ``objectives.N.metric`` and lists those it has.
     """
-    metric = objective.metric if objective.metric is not None else next(iter(cls.metrics))
-    if metric not in cls.metrics:
+    metric = objective.metric if objective.metric is not None else next(iter(found.metrics))
+    if metric not in found.metrics:
         raise InvalidInput(
-            f"{cls.name} has no metric {metric!r}",
+            f"{found.name} has no metric {metric!r}",
             field=f"objectives.{index}.metric",
-            remedy=f"use one of: {', '.join(cls.metrics)}",
+            remedy=f"use one of: {', '.join(found.metrics)}",
         )
-    return metric, objective.direction or cls.metrics[metric]
+    return metric, objective.direction or found.metrics[metric]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -13,8 +12,7 @@ from transformers import PreTrainedModel
 
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
-from workers.data import Rows
-from workers.evaluators.base import Evaluator, Prediction, Scores, evaluator, never
+from workers.evaluators.base import Evaluator, Inputs, Prediction, Scores, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -36,7 +34,7 @@ class CausalLM(Evaluator):
     """
 
     summary: ClassVar[str] = "How well a causal language model predicts texts."
-    metrics: ClassVar[dict[str, Direction]] = {
+    metrics: Mapping[str, Direction] = {
         "bits_per_byte": "minimise",
         "loss": "minimise",
         "perplexity": "minimise",
@@ -56,8 +54,9 @@ class CausalLM(Evaluator):
             examples=[512],
         )
 
-    def __init__(self, options: Options, rows: Rows, model_dir: Path, field: str) -> None:
-        super().__init__(options, rows, model_dir, field)
+    def __init__(self, options: Options, inputs: Inputs) -> None:
+        super().__init__(options, inputs)
+        rows, model_dir, field = inputs.rows, inputs.model_dir, inputs.field
         tokenizer = load_tokenizer(model_dir, field)
         window = max_length(options.max_length, tokenizer, self.config, field)
         prefix = prefix_token(tokenizer, field)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from optimizer.spec import Direction
 from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, Prediction, Scores, by_length, evaluator, never, run
+from workers.evaluators.base import Batch, Evaluator, Inputs, Prediction, Scores, by_length, evaluator, never, run
 from workers.evaluators.loading import load_image_processor
 
 
@@ -25,7 +24,7 @@ class ImageClassification(Evaluator):
     """Per item: ``accuracy`` is 1 or 0, ``loss`` the cross-entropy in nats."""
 
     summary: ClassVar[str] = "How well an image classifier names the class of an image."
-    metrics: ClassVar[dict[str, Direction]] = classification.METRICS
+    metrics: Mapping[str, Direction] = classification.METRICS
     columns: ClassVar[dict[str, str]] = {
         "image": "The image: a file of an image folder, or the bytes of an image file.",
         "label": classification.LABEL + " In an image folder, the name of the image's directory.",
@@ -33,8 +32,9 @@ class ImageClassification(Evaluator):
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     uses_head: ClassVar[bool] = True
 
-    def __init__(self, options: Evaluator.Options, rows: Rows, model_dir: Path, field: str) -> None:
-        super().__init__(options, rows, model_dir, field)
+    def __init__(self, options: Evaluator.Options, inputs: Inputs) -> None:
+        super().__init__(options, inputs)
+        rows, model_dir, field = inputs.rows, inputs.model_dir, inputs.field
         labels = torch.tensor(classification.labels_of(rows, self.config, field))
         mode = "L" if getattr(self.config, "num_channels", 3) == 1 else "RGB"
         self._pixels = _prepare(load_image_processor(model_dir, field), rows, mode)

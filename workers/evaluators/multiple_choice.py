@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows, is_text
-from workers.evaluators.base import Evaluator, Prediction, Scores, evaluator, never
+from workers.evaluators.base import Evaluator, Inputs, Prediction, Scores, evaluator, never
 from workers.evaluators.likelihood import LikelihoodScorer, Scored, encode, prefix_token
 from workers.evaluators.loading import load_tokenizer, max_length
 
@@ -38,7 +37,7 @@ class MultipleChoice(Evaluator):
     """
 
     summary: ClassVar[str] = "How often a causal language model finds the right answer the most likely one."
-    metrics: ClassVar[dict[str, Direction]] = {
+    metrics: Mapping[str, Direction] = {
         "accuracy": "maximise",
         "accuracy_norm": "maximise",
         "loss": "minimise",
@@ -75,8 +74,9 @@ class MultipleChoice(Evaluator):
             examples=[512],
         )
 
-    def __init__(self, options: Options, rows: Rows, model_dir: Path, field: str) -> None:
-        super().__init__(options, rows, model_dir, field)
+    def __init__(self, options: Options, inputs: Inputs) -> None:
+        super().__init__(options, inputs)
+        rows, model_dir, field = inputs.rows, inputs.model_dir, inputs.field
         tokenizer = load_tokenizer(model_dir, field)
         limit = max_length(options.max_length, tokenizer, self.config, field)
         questions = [options.template.replace("{question}", text) for text in rows.texts("question")]

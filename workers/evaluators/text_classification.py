@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimizer.spec import Direction
-from workers.data import Rows
 from workers.evaluators import classification
-from workers.evaluators.base import Batch, Evaluator, Prediction, Scores, by_length, evaluator, never, pad, run
+from workers.evaluators.base import Batch, Evaluator, Inputs, Prediction, Scores, by_length, evaluator, never, pad, run
 from workers.evaluators.loading import check_vocabulary, load_tokenizer, max_length
 
 
@@ -23,7 +21,7 @@ class TextClassification(Evaluator):
     """Per item: ``accuracy`` is 1 or 0, ``loss`` the cross-entropy in nats."""
 
     summary: ClassVar[str] = "How well a sequence classifier names the class of a text, or of a pair of texts."
-    metrics: ClassVar[dict[str, Direction]] = classification.METRICS
+    metrics: Mapping[str, Direction] = classification.METRICS
     columns: ClassVar[dict[str, str]] = {
         "text": "The text.",
         "text_pair": "A second text, for tasks on pairs (optional).",
@@ -43,8 +41,9 @@ class TextClassification(Evaluator):
             examples=[128],
         )
 
-    def __init__(self, options: Options, rows: Rows, model_dir: Path, field: str) -> None:
-        super().__init__(options, rows, model_dir, field)
+    def __init__(self, options: Options, inputs: Inputs) -> None:
+        super().__init__(options, inputs)
+        rows, model_dir, field = inputs.rows, inputs.model_dir, inputs.field
         labels = torch.tensor(classification.labels_of(rows, self.config, field))
         tokenizer = load_tokenizer(model_dir, field)
         encoded = tokenizer(

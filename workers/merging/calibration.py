@@ -18,7 +18,7 @@ from optimizer.spec import Calibration
 from workers.alignment import vocabulary_of
 from workers.checkpoints import Checkpoint
 from workers.data import load_rows
-from workers.evaluators.base import Evaluator, find_evaluator
+from workers.evaluators.base import Evaluator, Inputs, find_evaluator
 from workers.merging.cache import Cache, key_of
 from workers.merging.calibration_statistics import measure, norm
 from workers.merging.engine import MergeEngine
@@ -130,7 +130,8 @@ def _load(name: str, spec: Calibration, checkpoints: Mapping[str, Checkpoint], l
     # One at a time: in a batch the shorter items are padded, and what stands in the padding would be measured too.
     one = options.model_copy(update={"batch_size": 1})
     head = spec.head or (name if name != "base" else None)
-    return Items(spec, cls(one, rows, checkpoints[head or "base"].path, field), head)
+    inputs = Inputs(rows, checkpoints[head or "base"].path, field, roots.policy)
+    return Items(spec, cls(one, inputs), head)
 
 
 def _check_name(name: str, known: Sequence[str], field: str) -> None:

@@ -160,7 +160,9 @@ def test_problems_are_jobs(name: str) -> None:
     single = problem.spec(several=False, evaluations=5, algorithm={"name": "random"})
     several = problem.spec(several=True, evaluations=5, algorithm={"name": "nsga2"}, seed=3, split="test")
     assert len(single.experts) == len(problem.experts) and 2 <= len(several.objectives) <= 4
-    assert {objective.data.split for objective in several.objectives} == {"test"} and several.seed == 3
+    assert {objective.data and objective.data.split for objective in several.objectives} == {
+        "test"
+    } and several.seed == 3
 
 
 def test_records_of_cities() -> None:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from optimizer.spec import DataSpec
 from tests.workers.models import tiny_bert, tiny_llama, tiny_vit
 from workers.data import Rows, load_rows
-from workers.evaluators.base import EVALUATORS, Evaluator
+from workers.evaluators.base import EVALUATORS, Evaluator, Inputs
 
 FIELD = "objectives.0"
 
@@ -104,7 +104,7 @@ def build(name: str, checkpoint: Path, rows: Rows | Sequence[Row], **options: An
     """Return an evaluator over rows, with options given by name."""
     cls = EVALUATORS[name]
     rows = rows if isinstance(rows, Rows) else as_rows(rows)
-    return cls(cls.Options(**options), rows, checkpoint, FIELD)
+    return cls(cls.Options(**options), Inputs(rows, checkpoint, FIELD))
 
 
 def open_model(name: str, checkpoint: Path) -> PreTrainedModel:
