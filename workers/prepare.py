@@ -93,7 +93,8 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
         rows = _rows(objective, cls, roots, field)
-        evaluators.append(cls(options, Inputs(rows, checkpoints[objective.head or "base"].path, field, roots.policy)))
+        model_dir = checkpoints[objective.head or "base"].path
+        evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
     return evaluators
 
 

@@ -102,6 +102,9 @@ class Roots:
                 )
 
 
+NOWHERE = Roots(())
+
+
 def _download(ref: ModelRef, field: str) -> Path:
     try:
         return Path(snapshot_download(str(ref.hub), revision=ref.revision, allow_patterns=HUB_FILES))

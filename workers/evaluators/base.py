@@ -26,7 +26,7 @@ from optimizer.spec import Direction, Objective, Strict
 from workers.data import Rows, digest_of
 from workers.evaluators.loading import load_config
 from workers.policy import Policy
-from workers.roots import NOTHING
+from workers.roots import NOTHING, NOWHERE, Roots
 
 
 class Cancelled(RetryableError):
@@ -78,12 +78,14 @@ class Inputs:
             base's.
         field: dotted path of the objective in the job: ``objectives.0``.
         policy: what the server allows.
+        roots: where files that options name may be; nowhere by default.
     """
 
     rows: Rows
     model_dir: Path
     field: str
     policy: Policy = NOTHING
+    roots: Roots = NOWHERE
 
 
 class Evaluator(ABC):
@@ -329,7 +331,7 @@ def run(
         Cancelled: ``cancelled`` returned True.
     """
     parts = []
-    with _inference(model):
+    with inference(model):
         for batch in batches:
             if cancelled():
                 raise Cancelled("the evaluation was called off")
@@ -342,7 +344,7 @@ def run(
 
 
 @contextmanager
-def _inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()  # type: ignore[no-untyped-call]
