@@ -16,10 +16,12 @@
     ├── Unavailable               the service or its database cannot be reached now       (503)
     ├── RetryableError            the same evaluation may succeed elsewhere or later
     │   ├── WorkerLost              a worker or its node died
-    │   └── EvaluationTimeout       an evaluation took longer than allowed
+    │   ├── EvaluationTimeout       an evaluation took longer than allowed
+    │   └── ServiceUnavailable      a service over the network gave no answer
     ├── InfeasibleCandidate       this candidate has no score; the search goes on
     ├── JobError                  the job cannot go on and fails with this reason
     │   └── InputsChanged           a checkpoint is no longer the one the job began with
+    ├── JobPaused                 the job waits, with this reason, until its user resumes it
     └── LeaseLost                 another controller holds the job now; drop everything
 
 The class decides what happens (retry, mark infeasible, fail the job, answer with a status); the text only explains.
@@ -156,6 +158,33 @@ class EvaluationTimeout(RetryableError):
     """An evaluation took longer than allowed."""
 
     code = "evaluation_timeout"
+
+
+class ServiceUnavailable(RetryableError):
+    """A service over the network gave no answer, or none that can be used.
+
+    Attributes:
+        retry_after_s: how long it asked not to be asked again, in seconds, or None.
+    """
+
+    code = "service_unavailable"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        remedy: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, field=field, remedy=remedy)
+        self.retry_after_s = retry_after_s
+
+
+class JobPaused(MergeoptError):
+    """The job cannot go on for now and pauses with this reason; nothing is lost, and its user resumes it."""
+
+    code = "job_paused"
 
 
 class InfeasibleCandidate(MergeoptError):
