@@ -17,11 +17,11 @@
     ├── RetryableError            the same evaluation may succeed elsewhere or later
     │   ├── WorkerLost              a worker or its node died
     │   ├── EvaluationTimeout       an evaluation took longer than allowed
-    │   └── ServiceUnavailable      a service over the network gave no answer
+    │   └── ServiceUnavailable      a service that an evaluation asks does not answer now
     ├── InfeasibleCandidate       this candidate has no score; the search goes on
     ├── JobError                  the job cannot go on and fails with this reason
     │   └── InputsChanged           a checkpoint is no longer the one the job began with
-    ├── JobPaused                 the job waits, with this reason, until its user resumes it
+    ├── JobPaused                 the job pauses with this reason, until somebody resumes it
     └── LeaseLost                 another controller holds the job now; drop everything
 
 The class decides what happens (retry, mark infeasible, fail the job, answer with a status); the text only explains.
@@ -30,6 +30,8 @@ The class decides what happens (retry, mark infeasible, fail the job, answer wit
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from pydantic import ValidationError
@@ -161,30 +163,14 @@ class EvaluationTimeout(RetryableError):
 
 
 class ServiceUnavailable(RetryableError):
-    """A service over the network gave no answer, or none that can be used.
+    """A service that an evaluation asks does not answer now.
 
     Attributes:
-        retry_after_s: how long it asked not to be asked again, in seconds, or None.
+        retry_after_s: seconds that it asked to wait, or None.
     """
 
     code = "service_unavailable"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        field: str | None = None,
-        remedy: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message, field=field, remedy=remedy)
-        self.retry_after_s = retry_after_s
-
-
-class JobPaused(MergeoptError):
-    """The job cannot go on for now and pauses with this reason; nothing is lost, and its user resumes it."""
-
-    code = "job_paused"
+    retry_after_s: float | None = None
 
 
 class InfeasibleCandidate(MergeoptError):
@@ -203,6 +189,12 @@ class InputsChanged(JobError):
     """A checkpoint or data file is no longer the one the job began with."""
 
     code = "inputs_changed"
+
+
+class JobPaused(MergeoptError):
+    """The job cannot go on until somebody does something: it pauses with this reason, and nothing is lost."""
+
+    code = "job_paused"
 
 
 class LeaseLost(MergeoptError):
@@ -230,6 +222,16 @@ def from_validation(error: ValidationError, prefix: str = "") -> InvalidInput:
     out = InvalidProblems(message, field=field, remedy="see the job schema at /api/v1/schema/job")
     out.problems = problems
     return out
+
+
+@contextmanager
+def below(field: str) -> Iterator[None]:
+    """Let an `InvalidInput` of the block name its field below the dotted path ``field``."""
+    try:
+        yield
+    except InvalidInput as error:
+        path = f"{field}.{error.field}" if error.field else field
+        raise InvalidInput(error.message, field=path, remedy=error.remedy) from error
 
 
 class InvalidProblems(InvalidInput):

@@ -90,7 +90,7 @@ def check_allowed(origin: Origin, policy: Policy, field: str) -> None:
         raise InvalidInput(
             f"this server does not let jobs ask {origin.netloc}",
             field=field,
-            remedy="its operator can allow it with MERGEOPT_SERVICE_HOSTS",
+            remedy="its operator can allow it with MERGEOPT_HOSTS",
         )
 
 

@@ -360,9 +360,9 @@ class ServiceClient:
         reason = f"{fault.text}, after {tries} tries"
         if fault.down:
             raise self._open(reason)
-        raise ServiceUnavailable(
-            f"the service {self.origin} gives no usable answer: {reason}", field=self._field, retry_after_s=fault.wait_s
-        )
+        error = ServiceUnavailable(f"the service {self.origin} gives no usable answer: {reason}", field=self._field)
+        error.retry_after_s = fault.wait_s
+        raise error
 
     def _open(self, reason: str) -> JobPaused:
         self._breaker.failed(reason, at_once=True)
