@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import torch
 
@@ -296,7 +296,7 @@ class ServiceClient:
             used.append(self._policy.secret(name, self._field))
             return used[-1]
 
-        url = reveal(request.url, lookup)
+        url = reveal(request.url, lambda name: quote(lookup(name), safe=""))
         if parse_origin(url, self._field) != self.origin:
             raise InvalidInput(
                 "every request must go to the same scheme, host and port",
@@ -336,8 +336,11 @@ class ServiceClient:
 
     def _counted(self, error: BaseException) -> BaseException:
         """Return what becomes of a failed round of questions: a service that fails at all of them pauses the job."""
-        counts = {ServiceUnavailable: self._breaker, _Refused: self._refusals}.get(type(error))
-        opened = None if counts is None else counts.failed(str(getattr(error, "message", error)))
+        opened = None
+        if isinstance(error, ServiceUnavailable):
+            opened = self._breaker.failed(error.message)
+        elif isinstance(error, _Refused):
+            opened = self._refusals.failed(error.message)
         return error if opened is None else self._paused(opened)
 
     def _usable(self, question: Question[T], body: bytes) -> tuple[bytes, Reading[T]]:
