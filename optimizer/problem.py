@@ -86,6 +86,10 @@ class ResolvedObjective(Strict):
     at_most: float | None = None
     items: int = Field(ge=1, description="Number of items it is measured on.")
     data_digest: str = Field(description="SHA-256 over the items.")
+    whole: bool = Field(
+        default=False,
+        description="Whether it is measured on all items even where others are on a part, for it is no mean over items.",
+    )
     differentiable: bool = Field(
         default=False, description="Whether workers can derive its likelihoods with respect to the weights."
     )

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from optimizer.errors import InvalidData
 from optimizer.spec import DataSpec
 from workers.data_files import READERS, PlacedRows, Row, Source, file_inside, inside, read_file, read_saved
-from workers.data_images import open_image, read_image_folder, subdirectories
+from workers.data_images import open_image, open_mask, read_image_folder, subdirectories
 
 T = TypeVar("T")
 
@@ -79,11 +81,15 @@ class Rows:
 
     def images(self, role: str, mode: str) -> Iterator[Image.Image]:
         """Decode one image a row, in Pillow's colour ``mode``; raises `InvalidData` naming the first that cannot be."""
-        for index, value in enumerate(self.values(role)):
-            try:
-                yield open_image(value, mode)
-            except ValueError as error:
-                raise self.error(role, index, str(error)) from error
+        return self._decoded(role, lambda value: open_image(value, mode))
+
+    def masks(self, role: str) -> Iterator[NDArray[np.int64]]:
+        """Decode one mask a row, shape (height, width); raises `InvalidData` naming the first that cannot be."""
+        return self._decoded(role, open_mask)
+
+    def optional(self, role: str) -> list[Any]:
+        """Return one value a row, None where there is none."""
+        return [row.get(self._column(role)) for row in self.items]
 
     def class_names(self, role: str) -> Sequence[str] | None:
         """Return the names behind a role's class indices, where the data has them."""
@@ -92,6 +98,13 @@ class Rows:
     def error(self, role: str, index: int, message: str, remedy: str | None = None) -> InvalidData:
         """Return an error about what row ``index`` has in a role."""
         return InvalidData(f"{self.places[index]}: {message}", field=f"{self.field}.columns.{role}", remedy=remedy)
+
+    def _decoded(self, role: str, decode: Callable[[Any], T]) -> Iterator[T]:
+        for index, value in enumerate(self.values(role)):
+            try:
+                yield decode(value)
+            except ValueError as error:
+                raise self.error(role, index, str(error)) from error
 
     def _column(self, role: str) -> str:
         return self.columns.get(role, role)
@@ -106,7 +119,7 @@ def load_rows(data: DataSpec, path: Path, field: str) -> Rows:
     """Read the rows that a data spec asks for.
 
     A single file with a split asked for must have a ``split`` column. An image folder has the columns ``image`` and
-    ``label``, and takes one image of each class in turn.
+    ``label``, and takes one image of each class in turn; one of images and masks has ``image`` and ``mask``.
 
     Args:
         data: the spec; its ``path`` is not used.

@@ -231,5 +231,6 @@ def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> Resolve
         at_most=constraint.at_most if constraint else None,
         items=len(evaluator),
         data_digest=evaluator.digest,
+        whole=metric in evaluator.whole_only,
         differentiable=evaluator.differentiable,
     )

@@ -52,11 +52,12 @@ class _Measure:
     head: str | None
     objectives: tuple[tuple[str, str], ...]  # (objective, metric)
     order: NDArray[np.int64]  # of the items, where only some are measured
+    whole: bool  # whether a metric is asked for that only all items together have
     parts: dict[int, Evaluator] = field(default_factory=dict)
 
     def on(self, items: int | None) -> Evaluator:
         """The evaluator on the first ``items`` of the fixed order; all of them, as they come, where there are no more."""
-        if items is None or items >= len(self.evaluator):
+        if items is None or self.whole or items >= len(self.evaluator):
             return self.evaluator
         if items not in self.parts:
             self.parts[items] = self.evaluator.subset(self.order[:items].tolist())
@@ -212,6 +213,7 @@ def _measures(spec: JobSpec, problem: Problem, evaluators: list[Evaluator]) -> l
             head=spec.objectives[numbers[0]].head,
             objectives=tuple((spec.objectives[n].name, problem.objectives[n].metric) for n in numbers),
             order=item_order(spec.seed, len(evaluators[numbers[0]])),
+            whole=any(problem.objectives[n].whole for n in numbers),
         )
         for numbers in groups.values()
     ]

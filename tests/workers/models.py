@@ -20,10 +20,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from optimizer.geometry import Layout
 from optimizer.recipe import Leaf, Merge, ModelId, Recipe, Selector
@@ -88,6 +91,33 @@ def tiny_vit(
     config.num_labels = labels
     _save(ViTForImageClassification(config), path, seed, dtype, shard_size, spread, text=False)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(path)
+    return path
+
+
+def tiny_segformer(
+    path: Path,
+    labels: int = 3,
+    seed: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "5GB",
+    spread: float = 0.3,
+) -> Path:
+    """Save a Segformer that finds ``labels`` classes of pixels in 16×16 RGB images, with its image processor."""
+    config = SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    )
+    config.num_labels = labels
+    _save(SegformerForSemanticSegmentation(config), path, seed, dtype, shard_size, spread, text=False)
+    SegformerImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
     return path
 
 

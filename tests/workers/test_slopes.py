@@ -239,6 +239,17 @@ def test_parts_are_nested_and_the_same_for_every_candidate(berts: Bench) -> None
                 np.testing.assert_allclose(part[name].values, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_no_mean_over_items_is_measured_on_all(root: Path, job: dict[str, Any]) -> None:
+    objectives = [job["objectives"][0] | {"metric": "macro_f1"}, job["objectives"][1]]
+    bench = Bench(root, job | {"objectives": objectives})
+    assert [objective.whole for objective in bench.problem.objectives] == [True, False]
+    table = np.full(bench.space.table, 0.2)
+    part, whole = bench.run(table, items=5).scores, bench.run(table).scores
+    first, second = (objective.name for objective in bench.problem.objectives)
+    np.testing.assert_array_equal(part[first].values, whole[first].values)
+    assert len(part[second].values) == 5
+
+
 @pytest.mark.parametrize("items", [24, 1000])
 def test_as_many_items_as_there_are_means_all_in_their_order(berts: Bench, items: int) -> None:
     table = np.full(berts.space.table, 0.2)

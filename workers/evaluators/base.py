@@ -102,11 +102,14 @@ class Evaluator(ABC):
     - What an evaluation cost comes with its scores: `scored` does so where every evaluation takes the same tokens.
 
     Attributes:
-        metrics: metric to its direction; the first is the default. An instance may have others than its class, which then
-            shows those that all have.
+        metrics: metric to its direction; the first is the default. An instance's are those it returns; they may be others
+            than those of its class, which the catalogue shows.
         columns: role of each data column to its description.
         auto_class: name of the class of `transformers` that opens the models it scores.
         uses_head: whether it needs a head that belongs to one expert.
+        whole_only: metrics that are measured on all items or not at all. Others are means of what every item has by itself,
+            so that a part of the items gives an estimate of the whole; of these an item's score depends on the others
+            (`workers.evaluators.contributions`), and on a part they are the measure of that part.
         own_items: whether the items come from its options, so that an objective names no data.
         version: raise it when the same model and rows no longer give the same scores, so that none is read from a cache.
         digest: SHA-256 over the rows, as hexadecimal digits.
@@ -119,6 +122,7 @@ class Evaluator(ABC):
     columns: ClassVar[dict[str, str]]
     auto_class: ClassVar[str]
     uses_head: ClassVar[bool]
+    whole_only: frozenset[str] = frozenset()
     own_items: ClassVar[bool] = False
     version: ClassVar[int] = 1
 

@@ -1,4 +1,4 @@
-"""What text and image classification share: labels, metrics and scores."""
+"""What text and image classification share: options, labels, metrics and scores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -15,10 +16,35 @@ from optimizer.errors import InvalidCheckpoint, InvalidData, JobError
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.spec import Direction
 from workers.data import Rows
-from workers.evaluators.base import Prediction, log_softmax
+from workers.evaluators import contributions
+from workers.evaluators.base import Evaluator, Prediction, log_softmax
 
-METRICS: dict[str, Direction] = {"accuracy": "maximise", "loss": "minimise"}
+METRICS: dict[str, Direction] = {
+    "accuracy": "maximise",
+    "loss": "minimise",
+    "top_k_accuracy": "maximise",
+    "balanced_accuracy": "maximise",
+    "macro_f1": "maximise",
+}
+WHOLE_ONLY = frozenset({"macro_f1"})
 LABEL = "The class: its name in the model's config, or its index."
+
+
+class ClassificationOptions(Evaluator.Options):
+    """Options of classification."""
+
+    k: int = Field(
+        default=5,
+        ge=2,
+        le=1000,
+        description="How many classes `top_k_accuracy` looks at; there is none where the model has no more than these.",
+        examples=[5],
+    )
+
+
+def metrics_of(classes: int, k: int) -> dict[str, Direction]:
+    """Return the metrics of a model with so many classes: whether the label is among all of them says nothing."""
+    return {metric: way for metric, way in METRICS.items() if metric != "top_k_accuracy" or k < classes}
 
 
 def class_count(config: PreTrainedConfig, field: str) -> int:
@@ -52,18 +78,21 @@ def labels_of(rows: Rows, config: PreTrainedConfig, field: str) -> list[int]:
     return [_index(value, row, rows, names, count, order) for row, value in enumerate(rows.values("label"))]
 
 
-def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return accuracy and cross-entropy (nats) of each item, shape (2, batch), float32.
+def scores_of(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return accuracy, cross-entropy (nats), top-k accuracy and the predicted class of each item, shape (4, batch), float32.
 
     Args:
         logits: shape (batch, classes).
         labels: shape (batch,).
+        k: see `ClassificationOptions`; of classes that are equally likely, the label is the last.
     """
     logits = logits.float()
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    predicted = logits.argmax(dim=1)
+    within = (logits >= logits.gather(1, labels[:, None])).sum(dim=1) <= k
     # The largest of NaNs is an arbitrary class: such an item has no accuracy.
-    correct = (logits.argmax(dim=1) == labels).float().where(logits.isfinite().all(dim=1), torch.nan)
-    return torch.stack([correct, loss])
+    known = torch.stack([predicted == labels, within, predicted]).float().where(logits.isfinite().all(dim=1), torch.nan)
+    return torch.stack([known[0], loss, known[1], known[2]])
 
 
 def predictions_of(logits: Tensor, labels: Tensor) -> Iterator[Prediction]:
@@ -78,9 +107,40 @@ def check_outputs(logits: Tensor, classes: int) -> None:
         raise JobError(f"the model scores {logits.shape[-1]} classes, but its head's config names {classes}")
 
 
-def item_scores(scores: NDArray[np.float64]) -> dict[str, ItemScores]:
-    """Return what `scores_of` computed, shape (2, items), by metric."""
-    return {metric: ItemScores(row.astype(np.float32)) for metric, row in zip(METRICS, scores, strict=True)}
+def item_scores(scores: NDArray[np.float64], labels: Tensor, classes: int, k: int) -> dict[str, ItemScores]:
+    """Return the item scores by metric:
+
+    - ``accuracy``: 1 if the label is the most likely class, else 0;
+    - ``loss``: the cross-entropy in nats;
+    - ``top_k_accuracy``: 1 if the label is among the k most likely classes;
+    - ``balanced_accuracy``: accuracy, with weights by which every class in the data counts the same;
+    - ``macro_f1``: what an item contributes to the mean F1 of the classes (`contributions.macro_f1`).
+
+    Args:
+        scores: from `scores_of`, of all items: shape (4, items).
+        labels: shape (items,).
+        classes: of the model.
+        k: see `ClassificationOptions`.
+    """
+    correct, loss, within, predicted = scores.astype(np.float32)
+    observed = labels.numpy()
+    found = {
+        "accuracy": ItemScores(correct),
+        "loss": ItemScores(loss),
+        "top_k_accuracy": ItemScores(within),
+        "balanced_accuracy": ItemScores(correct, contributions.balanced_weights(observed).astype(np.float32)),
+        "macro_f1": ItemScores(_f1(predicted, observed, classes)),
+    }
+    return {metric: found[metric] for metric in metrics_of(classes, k)}
+
+
+def _f1(predicted: NDArray[np.float32], observed: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+    """Contributions to macro-F1; items without a prediction have none, which leaves the measure without a value."""
+    out = np.full(predicted.shape, np.nan, dtype=np.float32)
+    known = np.isfinite(predicted)
+    if known.any():
+        out[known] = contributions.macro_f1(predicted[known].astype(np.int64), observed[known], classes)
+    return out
 
 
 def _class_order(classes: Sequence[str], names: dict[str, int], count: int, rows: Rows) -> list[int] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -20,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from optimizer.spec import DataSpec
-from tests.workers.models import tiny_bert, tiny_llama, tiny_vit
+from tests.workers.models import tiny_bert, tiny_llama, tiny_segformer, tiny_vit
 from workers.data import Rows, load_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs
 
@@ -38,12 +39,14 @@ class Case:
         rows: good rows of different lengths, at least five.
         bad: for each role, values that must be refused.
         options: of the evaluator.
+        smooth: a metric that changes a little when a model's weights do.
     """
 
     checkpoint: Callable[[Path], Path]
     rows: Sequence[Row]
     bad: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    smooth: str = "loss"
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -54,9 +57,21 @@ def words(count: int, seed: int = 0) -> str:
 def png(seed: int, size: tuple[int, int] = (11, 9), mode: str = "RGB") -> bytes:
     """Return an image of noise as the bytes of a PNG file."""
     shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return as_png(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def as_png(pixels: NDArray[Any], kind: str = "PNG") -> bytes:
+    """Return pixels as the bytes of a file."""
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(out, "PNG")
+    Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
+
+
+def mask(seed: int, size: tuple[int, int] = (11, 9), classes: int = 3) -> bytes:
+    """Return a mask of noise as the bytes of a PNG file; the value 255 stands in a tenth of it."""
+    random = np.random.default_rng(seed)
+    values = random.integers(0, classes, (size[1], size[0]), dtype=np.uint8)
+    return as_png(np.where(random.random(values.shape) < 0.1, 255, values).astype(np.uint8))
 
 
 CASES: dict[str, Case] = {
@@ -64,6 +79,7 @@ CASES: dict[str, Case] = {
         checkpoint=tiny_bert,
         rows=[{"text": words(1 + 5 * n % 13, n), "label": n % 3} for n in range(11)],
         bad={"text": [7, ["a"], "\ud800"], "label": [3, -1, "nonsense", 1.0, True, "99999999999999999999"]},
+        options={"k": 2},
     ),
     "image_classification": Case(
         checkpoint=tiny_vit,
@@ -71,6 +87,22 @@ CASES: dict[str, Case] = {
         bad={
             "image": [b"no image", png(0)[:60], {"bytes": None, "path": "elsewhere.png"}, "elsewhere.png"],
             "label": [3, -1, "nonsense"],
+        },
+    ),
+    "segmentation": Case(
+        checkpoint=tiny_segformer,
+        rows=[{"image": png(n, (9 + n, 17 - n)), "mask": mask(n, (9 + n, 17 - n))} for n in range(7)],
+        bad={
+            "image": [b"no image", png(0)[:60], "elsewhere.png"],
+            "mask": [
+                b"no image",
+                7,
+                mask(0, (5, 5)),
+                png(0, (9, 17)),
+                as_png(np.full((17, 9), 3, dtype=np.uint8)),
+                as_png(np.full((17, 9), 255, dtype=np.uint8)),
+                as_png(np.zeros((17, 9), dtype=np.uint8), "JPEG"),
+            ],
         },
     ),
     "causal_lm": Case(

@@ -41,7 +41,9 @@ def test_all_metrics_for_every_item(name: str, checkpoint: Checkpoint) -> None:
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
     scores = evaluator.evaluate(open_model(name, checkpoint(name)))
     assert len(evaluator) == len(case.rows)
-    assert list(scores) == list(EVALUATORS[name].metrics)
+    assert list(scores) == list(evaluator.metrics)
+    assert set(scores) <= set(EVALUATORS[name].metrics)
+    assert evaluator.whole_only <= set(EVALUATORS[name].metrics)
     for metric, items in scores.items():
         assert items.values.shape == (len(case.rows),), metric
         assert items.values.dtype == np.float32
@@ -86,8 +88,17 @@ def test_first_items_score_as_they_do_among_all(name: str, checkpoint: Checkpoin
     case = CASES[name]
     model = open_model(name, checkpoint(name))
     whole = build(name, checkpoint(name), case.rows, **case.options).evaluate(model)
-    few = build(name, checkpoint(name), case.rows[:3], **case.options).evaluate(model)
-    same({metric: ItemScores(items.values[:3]) for metric, items in whole.items()}, few, rtol=1e-4, atol=1e-5)
+    part = build(name, checkpoint(name), case.rows, **case.options).subset([0, 1, 2])
+    few = part.evaluate(model)
+    assert len(part) == 3
+    assert few.cost.items == 3
+    independent = [metric for metric in few if metric not in part.whole_only]
+    same(
+        {metric: ItemScores(whole[metric].values[:3]) for metric in independent},
+        {metric: few[metric] for metric in independent},
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @every_evaluator
@@ -95,8 +106,8 @@ def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
     model = open_model(name, checkpoint(name))
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
-    exact = evaluator.evaluate(model)["loss"].mean()
-    rounded = evaluator.evaluate(model.bfloat16())["loss"].mean()
+    exact = evaluator.evaluate(model)[case.smooth].mean()
+    rounded = evaluator.evaluate(model.bfloat16())[case.smooth].mean()
     assert rounded == pytest.approx(exact, rel=0.1)
     assert rounded != exact
 
@@ -111,7 +122,7 @@ def test_cuda(name: str, checkpoint: Checkpoint) -> None:
     torch.nn.Module.cuda(model)
     on_gpu = evaluator.evaluate(model)
     same(on_gpu, evaluator.evaluate(model))
-    same({"loss": on_cpu["loss"]}, {"loss": on_gpu["loss"]}, rtol=1e-2, atol=1e-3)
+    same({case.smooth: on_cpu[case.smooth]}, {case.smooth: on_gpu[case.smooth]}, rtol=1e-2, atol=1e-3)
 
 
 @every_evaluator

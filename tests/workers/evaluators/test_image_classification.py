@@ -26,8 +26,9 @@ from optimizer.spec import DataSpec
 from tests.workers.evaluators.cases import FIELD, Row, build, open_model, png
 from tests.workers.models import tiny_vit
 from workers.data import load_rows
-from workers.evaluators.image_classification import ImageClassification, _prepare
+from workers.evaluators.image_classification import ImageClassification
 from workers.evaluators.loading import load_image_processor
+from workers.evaluators.pixels import prepare
 
 NAME = "image_classification"
 ROWS: list[Row] = [{"image": png(n, (7 + 3 * n, 15 - n)), "label": n % 3} for n in range(5)]
@@ -98,7 +99,7 @@ def test_a_processor_that_is_no_table_keeps_its_floats(vit: Path) -> None:
                 out["pixel_values"] = out["pixel_values"] - out["pixel_values"].mean()
             return out
 
-    pixels = _prepare(Centred(), as_rows(ROWS), "RGB")
+    pixels = prepare(Centred(), as_rows(ROWS), "RGB")
     assert pixels.table is None
     assert pixels.restore(pixels.stored).dtype == torch.float32
     torch.testing.assert_close(pixels.stored.mean(dim=(1, 2, 3)), torch.zeros(5), atol=1e-5, rtol=0)
