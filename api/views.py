@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from optimizer.ports import JobState, Origin, Request
 from optimizer.problem import Finding, PlannedPhase
-from optimizer.spec import Direction, Strict
+from optimizer.spec import Direction, Strict, Use
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ class ObjectiveView(View):
         default=None, description="Null until the job has been prepared, if left to the default."
     )
     direction: Direction | None = None
+    use: Use = "objective"
     weight: float = 1.0
 
 
@@ -49,6 +50,10 @@ class Progress(View):
     duplicates: int = Field(default=0, description="Candidates that cost no evaluation.")
     front: int = Field(default=0, description="Candidates on the front.")
     elapsed_s: float = Field(default=0.0, description="Running time so far, in seconds.")
+    cost: dict[str, float] = Field(
+        default_factory=dict,
+        description="What evaluations cost so far: items, tokens, requests, money; zeros left out.",
+    )
 
 
 class JobSummary(View):
@@ -151,6 +156,9 @@ class CandidateSummary(View):
     fingerprint: str
     failure: dict[str, str] | None = Field(default=None, description="`code` and `message` when it failed.")
     seconds: dict[str, float] = Field(default_factory=dict, description="What the evaluation took, by part.")
+    cost: dict[str, float] = Field(
+        default_factory=dict, description="What it cost: items, tokens, requests, money; zeros left out."
+    )
     created_at: datetime
     finished_at: datetime | None = None
 

@@ -18,6 +18,7 @@ from optimizer.errors import (
     InfeasibleCandidate,
     InputsChanged,
     InvalidInput,
+    JobPaused,
     LeaseLost,
     MergeoptError,
     RetryableError,
@@ -143,6 +144,8 @@ class JobRun:
             log.warning("job %s has to wait: %s", self._lease.job_id, error)
             self._stop.wait(self._config.retry_s)
             return None
+        except JobPaused as error:
+            return "paused", str(error)
         except MergeoptError as error:
             return "failed", str(error)
         except Exception as error:
@@ -231,7 +234,14 @@ def _halt(search: Search, keeper: _LeaseKeeper) -> tuple[JobState, str | None] |
 
 def _evaluate(problem: Problem, result: Result) -> Evaluation:
     """Turn a worker's result into the outcome that is recorded."""
-    failed = Evaluation(result.index, None, failure=result.failure, seconds=result.seconds, worker=result.worker)
+    failed = Evaluation(
+        result.index,
+        None,
+        failure=result.failure,
+        seconds=result.seconds,
+        worker=result.worker,
+        cost=result.cost,
+    )
     if result.failure is not None:
         return failed
     try:

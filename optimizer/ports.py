@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.problem import Problem
 from optimizer.space import Genome
 from optimizer.spec import CandidateInput, JobSpec
@@ -106,6 +107,7 @@ class Evaluation:
         seconds: what the evaluation took, by part, e.g. ``{"merge": 0.05, "evaluate": 0.7}``.
         worker: who did it.
         slopes: see `optimizer.algorithms.Outcome`; None where they were not asked for, or could not be had.
+        cost: what it took beside time.
     """
 
     index: int
@@ -116,6 +118,7 @@ class Evaluation:
     seconds: Mapping[str, float] = field(default_factory=dict)
     worker: str = ""
     slopes: NDArray[np.float64] | None = None
+    cost: Cost = FREE
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     worker: str = ""
     slopes: NDArray[np.float64] | None = None
+    cost: Cost = FREE
 
 
 class EvaluationPool(Protocol):
@@ -223,6 +227,7 @@ class EvaluationPool(Protocol):
 
         Raises:
             JobError, UserError: no worker can do this job (its inputs are gone, no node has what a worker needs).
+            JobPaused: somebody has to do something before it can go on.
         """
 
     def withdraw(self) -> list[int]:

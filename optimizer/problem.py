@@ -12,7 +12,7 @@ from pydantic import Field
 
 from optimizer.geometry import Layout
 from optimizer.recipe import CalibrationId, ModelId
-from optimizer.spec import AlgorithmSpec, Direction, Strict
+from optimizer.spec import AlgorithmSpec, Direction, Strict, Use
 
 Columns = Literal["per_expert", "interpolation", "scale"]
 Needs = Literal["weights", "factors", "items", "gradients"]
@@ -81,6 +81,7 @@ class ResolvedObjective(Strict):
     name: str
     metric: str
     direction: Direction
+    use: Use = "objective"
     weight: float
     at_least: float | None = None
     at_most: float | None = None
@@ -155,3 +156,8 @@ class Problem(Strict):
     findings: list[Finding] = Field(default_factory=list)
     phases: list[PlannedPhase] = Field(default_factory=list, description="The phases; the spec's algorithm if empty.")
     grams: Grams | None = Field(default=None, description="Where an algorithm needs them.")
+
+    @property
+    def axes(self) -> list[ResolvedObjective]:
+        """The objectives that the search is for: those that are not only constraints or reported."""
+        return [objective for objective in self.objectives if objective.use == "objective"]

@@ -85,6 +85,10 @@ class Leaf(Strict):
         ge=0,
         description="The model's layer to take in place of the one that is being made; nothing outside the layers.",
     )
+    values: dict[str, Scalar] | None = Field(
+        default=None,
+        description="What a model behind services is set to, in jobs without checkpoints: parameters and their values.",
+    )
 
 
 class Merge(Strict):
@@ -199,6 +203,11 @@ class Recipe(Strict):
             raise from_validation(error, field) from error
 
     @property
+    def values(self) -> dict[str, Scalar]:
+        """The parameters' values in a job without checkpoints; empty for what is merged."""
+        return (self.root.values or {}) if isinstance(self.root, Leaf) else {}
+
+    @property
     def used(self) -> set[str]:
         """Names of the models that the recipe is made from."""
         nodes = [self.root, *(planned.node for planned in self.layers or [] if planned.node is not None)]
@@ -262,6 +271,8 @@ def canonical_json(data: Any) -> str:
 def canonical(node: Leaf | Merge, digests: Mapping[str, str]) -> Any:
     """Return what a node means as plain data, with models standing by the digest of their content."""
     if isinstance(node, Leaf):
+        if node.values is not None:
+            return {"model": digests[node.model], "values": node.values}
         return digests[node.model] if node.layer is None else [digests[node.model], node.layer]
     data = {
         "operator": node.operator,

@@ -100,7 +100,7 @@ class Search:
         self._untold: Counter[Origin] = Counter()
         self._first = 0  # of those that the job began with, how many have not been told
         self._spent = 0
-        self._front = _Front(np.empty((0, len(problem.objectives))))
+        self._front = _Front(np.empty((0, len(problem.axes))))
         self._phases = problem.phases or plan(spec, problem)
         self._spaces: list[JobSpace] = []
         self._stage = self._begin(0)
@@ -221,13 +221,13 @@ class Search:
         left = self.spec.budget.evaluations - self._spent
         context = AlgorithmContext(
             space=space,
-            weights=np.array([objective.weight for objective in self.problem.objectives]),
+            weights=np.array([objective.weight for objective in self.problem.axes]),
             seed=self.spec.seed if number == 0 else _seed(self.spec.seed, number),
             start=self._start(space),
             parallel=self.spec.in_flight,
             budget=left if last else min(left, planned.evaluations),
-            items=tuple(objective.items for objective in self.problem.objectives),
-            differentiable=all(objective.differentiable for objective in self.problem.objectives),
+            items=tuple(objective.items for objective in self.problem.axes),
+            differentiable=all(objective.differentiable for objective in self.problem.axes),
         )
         stage = _Stage(number, planned, cls(context, options), space, last)
         for candidate in self.candidates:
@@ -248,7 +248,7 @@ class Search:
     def _best(self) -> list[int]:
         """The front's candidates, that with the lowest weighted sum of normalised losses first."""
         losses = self._front.losses
-        weights = np.array([objective.weight for objective in self.problem.objectives])
+        weights = np.array([objective.weight for objective in self.problem.axes])
         spread = np.ptp(losses, axis=0)
         order = np.argsort((losses - losses.min(axis=0)) / np.where(spread > 0, spread, 1.0) @ weights, kind="stable")
         return [self._front.indices[place] for place in order]

@@ -138,6 +138,13 @@ class JobSpace(SearchSpace, ABC):
             remedy="give a genome or a recipe",
         )
 
+    def values(self, given: dict[str, Scalar]) -> Genome:
+        """Return the genome of these values of a job's parameters; raises `InvalidInput` where it has none."""
+        del given
+        raise InvalidInput(
+            "this job has no parameters", field="values", remedy="give coefficients, a genome or a recipe"
+        )
+
     def encode(self, candidate: CandidateInput) -> tuple[Genome | None, Recipe]:
         """Return the genome (None for a foreign recipe) and the recipe of a candidate that a user gave.
 
@@ -148,6 +155,8 @@ class JobSpace(SearchSpace, ABC):
             return None, self._foreign(candidate.recipe)
         if candidate.genome is not None:
             genome = np.array(candidate.genome)
+        elif candidate.values is not None:
+            genome = self.values(candidate.values)
         else:
             genome = self.point(candidate.coefficients or {})
         if genome.shape == (self.dim,):
@@ -487,6 +496,10 @@ def make_space(spec: JobSpec, problem: Problem) -> JobSpace:
     Raises:
         InvalidInput: the operator does not fit the number of experts, or nothing is left to search.
     """
+    if spec.parameters:
+        from optimizer.parameter_space import make_parameter_space  # which builds on this module
+
+        return make_parameter_space(spec, problem)
     if spec.merge.space is None:
         return make_merge_space(spec, problem)
     kind, options = _space_kind(spec.merge.space)
@@ -541,7 +554,7 @@ def make_merge_space(spec: JobSpec, problem: Problem) -> MergeSpace:
         for name, value in modifier.options.items():
             if isinstance(value, RangeVariable | ChoiceVariable):
                 varied.append(Varied(name, modifier=number))
-                variables.append(_variable(f"{modifier.operator} ({modifier.target}) {name}", value))
+                variables.append(make_variable(f"{modifier.operator} ({modifier.target}) {name}", value))
             else:
                 own[name] = value
         modifiers.append((modifier, own))
@@ -557,14 +570,15 @@ def _varied(
     where = [group.label for group in groups] if isinstance(value, RangeVariable) and value.per_group else [""]
     whose = list(experts) if isinstance(value, RangeVariable) and value.per_expert else [""]
     variables = [
-        _variable(name + (f" of {expert}" if expert else "") + (f" @ {label}" if label else ""), value)
+        make_variable(name + (f" of {expert}" if expert else "") + (f" @ {label}" if label else ""), value)
         for label in where
         for expert in whose
     ]
     return Varied(name, len(where), len(whose)), variables
 
 
-def _variable(name: str, value: RangeVariable | ChoiceVariable) -> Variable:
+def make_variable(name: str, value: RangeVariable | ChoiceVariable) -> Variable:
+    """Return the variable that a spec declares."""
     if isinstance(value, ChoiceVariable):
         return Variable(name, 0.0, float(len(value.choices)), "choice", tuple(value.choices))
     return Variable(name, value.low, value.high, "integer" if value.integer else "real")

@@ -27,6 +27,7 @@ USUAL_HEADS = ["classifier.*", "score.*", "qa_outputs.*"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Direction = Literal["maximise", "minimise"]
+Use = Literal["objective", "constraint", "report"]
 Scalar = bool | int | float | str
 
 
@@ -304,6 +305,13 @@ class Objective(Strict):
     direction: Direction | None = Field(
         default=None, description="Whether more or less is better; the metric's own by default."
     )
+    use: Use = Field(
+        default="objective",
+        description=(
+            "`objective`: an axis of the front; `constraint`: only its bounds count; `report`: measured and shown, and "
+            "nothing else."
+        ),
+    )
     weight: float = Field(
         default=1.0,
         gt=0,
@@ -314,6 +322,24 @@ class Objective(Strict):
     head: str | None = Field(
         default=None, description="Name of the expert whose head is used; needed where experts have heads."
     )
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Objective:
+        if self.use == "constraint" and self.constraint is None:
+            raise ValueError("constraint: it is used as a constraint, so give it bounds: `at_least`, `at_most` or both")
+        return self
+
+
+class EndpointSpec(Strict):
+    """A merge-and-score endpoint: a service that holds the models, merges them, and tells the scores only."""
+
+    url: str = Field(
+        max_length=2000,
+        pattern=r"^https?://",
+        description="Where it is; its host must be among those that the server allows.",
+        examples=["https://models.example.org/merge/v1"],
+    )
+    token: Name | None = Field(default=None, description="Name of the secret that is its access token.")
 
 
 class AlgorithmSpec(Strict):
@@ -387,13 +413,18 @@ class WarmStarts(Strict):
 
 
 class CandidateInput(Strict):
-    """A candidate that a user enqueues: by coefficients, by genome, or as a complete recipe. Exactly one."""
+    """A candidate that a user enqueues: by coefficients, values, genome, or as a complete recipe. Exactly one."""
 
     label: str | None = Field(default=None, max_length=100, description="Shown in the UI beside the candidate.")
     coefficients: dict[str, float | list[float]] | None = Field(
         default=None,
         description="For each expert one number, or one number for each coefficient group; what is left out is 0.",
         examples=[{"language": 0.6, "polarity": [0.2, 0.2, 0.4]}],
+    )
+    values: dict[str, Scalar] | None = Field(
+        default=None,
+        description="In a job without checkpoints, the value of each parameter.",
+        examples=[{"weight": 0.3, "model": "small"}],
     )
     genome: list[float] | None = Field(
         default=None,
@@ -408,8 +439,8 @@ class CandidateInput(Strict):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> CandidateInput:
-        if sum(part is not None for part in (self.coefficients, self.genome, self.recipe)) != 1:
-            raise ValueError("give exactly one of `coefficients`, `genome` and `recipe`")
+        if sum(part is not None for part in (self.coefficients, self.values, self.genome, self.recipe)) != 1:
+            raise ValueError("give exactly one of `coefficients`, `values`, `genome` and `recipe`")
         return self
 
 
@@ -443,8 +474,20 @@ class JobSpec(Strict):
         description="Shown in lists.",
         examples=["three word tasks"],
     )
-    base: ModelRef = Field(description="The common ancestor of the experts.")
-    experts: list[Expert] = Field(min_length=1, max_length=1000, description="The fine-tuned models to merge.")
+    base: ModelRef | None = Field(default=None, description="The common ancestor of the experts.")
+    experts: list[Expert] = Field(default_factory=list, max_length=1000, description="The fine-tuned models to merge.")
+    endpoint: EndpointSpec | None = Field(
+        default=None, description="Who holds the models, in place of `base` and `experts`."
+    )
+    parameters: dict[Name, RangeVariable | ChoiceVariable] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description=(
+            "What the search varies where no checkpoint is at hand, in place of `base` and `experts`: services that the "
+            "objectives ask make of the values what they will."
+        ),
+        examples=[{"weight": {"low": 0, "high": 1}, "model": {"choices": ["small", "large"]}}],
+    )
     merge: MergeSpec = Field(default_factory=MergeSpec, description="What is merged how, and what the search may vary.")
     objectives: list[Objective] = Field(
         min_length=1, max_length=16, description="What the merged model must be good at."
@@ -475,14 +518,17 @@ class JobSpec(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:
+        self._check_source()
         experts = [expert.name for expert in self.experts]
         _unique(experts, "experts")
         _unique([objective.name for objective in self.objectives], "objectives")
         for number, objective in enumerate(self.objectives):
-            if objective.head is not None and objective.head not in experts:
+            if objective.head is not None and objective.head not in experts and self.endpoint is None:
                 raise ValueError(
                     f"objectives.{number}.head: {objective.head!r} is no expert; use one of: {', '.join(experts)}"
                 )
+        if not any(objective.use == "objective" for objective in self.objectives):
+            raise ValueError("objectives: at least one must have the use `objective`")
         if self.phases and self.algorithm != AlgorithmSpec():
             raise ValueError("phases: they stand in place of `algorithm`; leave one of the two out")
         if sum(phase.share or 0 for phase in self.phases) > 1 + 1e-9:
@@ -490,6 +536,13 @@ class JobSpec(Strict):
         if "base" in experts:
             raise ValueError("experts: the name 'base' is taken by the base model; rename the expert")
         return self
+
+    def _check_source(self) -> None:
+        given = [name for name in ("base", "endpoint", "parameters") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError("base: give exactly one of `base` (with `experts`), `endpoint` and `parameters`")
+        if (self.base is None) != (not self.experts):
+            raise ValueError("experts: `base` and `experts` go together")
 
     @model_serializer(mode="wrap")
     def _without_what_phases_replace(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def make_spec(**changes: Any) -> JobSpec:
 
 def make_problem(spec: JobSpec, layers: int = 4) -> Problem:
     """Return a problem that fits ``spec``: ``layers`` layers of two tensors each, every model with its own digest."""
+    assert spec.base is not None
     return Problem(
         models={"base": _model(spec.base)} | {expert.name: _model(expert) for expert in spec.experts},
         layout=make_small_layout(layers),
@@ -55,6 +56,7 @@ def make_problem(spec: JobSpec, layers: int = 4) -> Problem:
                 name=objective.name,
                 metric=objective.metric or "loss",
                 direction=objective.direction or _direction(objective.metric),
+                use=objective.use,
                 weight=objective.weight,
                 at_least=objective.constraint.at_least if objective.constraint else None,
                 at_most=objective.constraint.at_most if objective.constraint else None,

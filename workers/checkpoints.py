@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from optimizer.errors import InputsChanged, InvalidCheckpoint
+from optimizer.errors import InputsChanged, InvalidCheckpoint, InvalidInput
 from optimizer.spec import JobSpec
 from workers.roots import Roots
 from workers.safetensors_header import BROKEN, TensorEntry, no_doubles, read_header
@@ -236,6 +236,8 @@ def open_checkpoints(spec: JobSpec, roots: Roots) -> dict[str, Checkpoint]:
     Raises:
         InvalidCheckpoint, PathNotAllowed: with the field at fault, e.g. ``experts.1.path``.
     """
+    if spec.base is None:
+        raise InvalidInput("the job has no checkpoints", field="base", remedy="name a base and experts")
     base = open_checkpoint(roots.resolve(spec.base, "base"), "base", "base")
     out = {"base": base}
     for number, expert in enumerate(spec.experts):

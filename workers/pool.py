@@ -31,7 +31,7 @@ from workers.merging.cache import Cache
 from workers.policy import Policy
 from workers.prepare import prepare
 from workers.roots import NOTHING, Roots
-from workers.worker import EvaluationWorker
+from workers.start import Worker, start_worker
 
 log = logging.getLogger(__name__)
 
@@ -128,13 +128,13 @@ class LocalPool:
 
     def _work(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
         try:
-            worker = EvaluationWorker(spec, problem, roots, name, cache=self._cache)
+            worker = start_worker(spec, problem, roots, name, self._cache)
             while not self._closed.is_set() and (task := self._tasks.get()) is not None:
                 self._results.put(self._attempt(worker, task))
         except Exception as error:  # noqa: BLE001 - handed to whoever waits
             self._results.put(error)
 
-    def _attempt(self, worker: EvaluationWorker, task: Task) -> Result:
+    def _attempt(self, worker: Worker, task: Task) -> Result:
         """Evaluate a task, again if it took too long; a thread cannot be killed, so evaluators look at the clock."""
         failure: RetryableError = WorkerLost("the pool was closed")
         for _ in range(self._attempts):
@@ -388,20 +388,20 @@ def _kill(actor: Any) -> None:
 
 @ray.remote
 class _EvaluationActor:
-    """An `EvaluationWorker` in a process of its own. `load` is a call, so that its errors arrive as they are."""
+    """A worker in a process of its own. `load` is a call, so that its errors arrive as they are."""
 
     def __init__(self) -> None:
-        self._worker: EvaluationWorker | None = None
+        self._worker: Worker | None = None
 
     def load(self, inputs: tuple[str, str, Roots, Cache | None], name: str) -> None:
         """Load the models and the items of a job."""
         spec, problem, roots, cache = inputs
-        self._worker = EvaluationWorker(
+        self._worker = start_worker(
             JobSpec.model_validate_json(spec),
             Problem.model_validate_json(problem),
             roots,
             f"{name}@{socket.gethostname()}:{os.getpid()}",
-            cache=cache,
+            cache,
         )
 
     def evaluate(self, task: Task) -> Result:

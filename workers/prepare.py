@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from optimizer.algorithms.base import parse_options
-from optimizer.errors import InvalidInput
+from optimizer.errors import InvalidInput, below
 from optimizer.geometry import Cuts, Layout
+from optimizer.parameter_space import parameter_problem
 from optimizer.phases import fields_of, plan
 from optimizer.problem import OperatorInfo, PlannedPhase, Problem, ResolvedObjective
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space, named_operators
-from optimizer.spec import JobSpec, Objective, RangeVariable
+from optimizer.spec import JobSpec, MergeSpec, Objective, RangeVariable
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
@@ -37,6 +39,10 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     """
     for field, phase in fields_of(spec):
         parse_options(phase.algorithm, field)
+    if spec.parameters:
+        return _prepare_parameters(spec, roots)
+    if spec.base is None:
+        raise InvalidInput("this server asks no endpoints", field="endpoint", remedy="name checkpoints instead")
     operator = _operator(spec)
     checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
     base, *experts = checkpoints.values()
@@ -47,10 +53,6 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     _check_calibration(spec)
     items = load_items(spec.merge.calibration, checkpoints, layout, roots)
     evaluators = make_evaluators(spec, roots, checkpoints)
-    objectives = [
-        _resolve(number, objective, evaluator)
-        for number, (objective, evaluator) in enumerate(zip(spec.objectives, evaluators, strict=True))
-    ]
     refs = {"base": spec.base} | {expert.name: expert for expert in spec.experts}
     problem = Problem(
         models={
@@ -60,7 +62,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         layout=layout,
         operator=operator,
         operators=_named_operators(spec),
-        objectives=objectives,
+        objectives=_resolved(spec, evaluators),
         calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
@@ -70,11 +72,8 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         for genome in (space.uniform(), space.low, space.high):  # what cannot be built, is better known at once
             engine.check(space.recipe(genome))
     for number, candidate in enumerate(spec.warm_starts.candidates):
-        try:
+        with below(f"warm_starts.candidates.{number}"):
             engine.check(space.encode(candidate)[1])
-        except InvalidInput as error:
-            field = f"warm_starts.candidates.{number}.{error.field}"
-            raise InvalidInput(error.message, field=field, remedy=error.remedy) from error
     phases = plan(spec, problem)
     cuts = None if digest is quick_digest else _finest(phases)
     grams = None if cuts is None else measure_grams(checkpoints, layout, cuts)
@@ -93,9 +92,37 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
         rows = _rows(objective, cls, roots, field)
-        model_dir = checkpoints[objective.head or "base"].path
+        model_dir = checkpoints[objective.head or "base"].path if checkpoints else Path()
         evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
     return evaluators
+
+
+def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
+    """Look at a job without checkpoints: its objectives must all ask services."""
+    if spec.merge != MergeSpec():
+        raise InvalidInput("without checkpoints there is nothing to merge", field="merge", remedy="leave it out")
+    for number, objective in enumerate(spec.objectives):
+        cls, _ = parse_evaluator(objective, number)
+        if cls.auto_class:
+            raise InvalidInput(
+                f"{cls.name} looks at a model, and this job has no checkpoints",
+                field=f"objectives.{number}.evaluator",
+                remedy="use one that asks a service, or give `base` and `experts`",
+            )
+    problem = parameter_problem()
+    problem = problem.model_copy(update={"objectives": _resolved(spec, make_evaluators(spec, roots, {}))})
+    space = make_space(spec, problem)
+    for number, candidate in enumerate(spec.warm_starts.candidates):
+        with below(f"warm_starts.candidates.{number}"):
+            space.encode(candidate)
+    return problem.model_copy(update={"phases": plan(spec, problem)})
+
+
+def _resolved(spec: JobSpec, evaluators: Sequence[Evaluator]) -> list[ResolvedObjective]:
+    return [
+        _resolve(number, objective, evaluator)
+        for number, (objective, evaluator) in enumerate(zip(spec.objectives, evaluators, strict=True))
+    ]
 
 
 def _rows(objective: Objective, cls: type[Evaluator], roots: Roots, field: str) -> Rows:
@@ -226,6 +253,7 @@ def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> Resolve
         name=objective.name,
         metric=metric,
         direction=direction,
+        use=objective.use,
         weight=objective.weight,
         at_least=constraint.at_least if constraint else None,
         at_most=constraint.at_most if constraint else None,

@@ -41,7 +41,14 @@ ExportBody = Annotated[
 )
 def create_export(job_id: JobId, body: ExportBody, store: Store) -> ExportView:
     """Write an evaluated candidate as a Hugging Face checkpoint; the event `export.progress` says how far it is."""
-    experts = [expert["name"] for expert in store.get_job(job_id).spec["experts"]]
+    spec = store.get_job(job_id).spec
+    if spec["base"] is None:
+        raise InvalidInput(
+            "the job's models stand behind services: there are no weights to write",
+            field="candidate",
+            remedy="take the recipe from the candidate's page",
+        )
+    experts = [expert["name"] for expert in spec["experts"]]
     if body.head is not None and body.head not in experts:
         raise InvalidInput(
             f"{body.head!r} is no expert of the job", field="head", remedy=f"use one of: {', '.join(experts)}"

@@ -136,7 +136,9 @@ class Jobs(Database):
 
 def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:
     shown = [
-        ObjectiveView(name=o.name, evaluator=o.evaluator, metric=o.metric, direction=o.direction, weight=o.weight)
+        ObjectiveView(
+            name=o.name, evaluator=o.evaluator, metric=o.metric, direction=o.direction, use=o.use, weight=o.weight
+        )
         for o in spec.objectives
     ]
     # Every column is given: what the first view shows is then not read back.
@@ -147,7 +149,7 @@ def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:
         requested="run",
         reason=None,
         algorithm=" → ".join(phase.algorithm.name for phase in spec.phases) or spec.algorithm.name,
-        operator=spec.merge.operator,
+        operator="parameters" if spec.parameters else spec.merge.operator,
         objectives=[objective.model_dump(mode="json") for objective in shown],
         spec=spec.model_dump(mode="json"),
         problem=None,
@@ -159,6 +161,7 @@ def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:
         front=0,
         best=[None] * len(spec.objectives),
         elapsed_s=0.0,
+        cost={},
         created_at=utc_now(),
         started_at=None,
         finished_at=None,

@@ -113,6 +113,7 @@ class JobRow(Base):
     best: Mapped[list[float | None]]
     best_loss: Mapped[float | None]
     elapsed_s: Mapped[float] = mapped_column(default=0.0)
+    cost: Mapped[dict[str, float] | None] = mapped_column(default=dict)  # null before migration 0004
 
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
@@ -183,6 +184,7 @@ class CandidateRow(Base):
     on_front: Mapped[bool] = mapped_column(default=False)
     failure: Mapped[dict[str, str] | None]
     seconds: Mapped[dict[str, float]] = mapped_column(default=dict)
+    cost: Mapped[dict[str, float] | None] = mapped_column(default=dict)  # null before migration 0004
     worker: Mapped[str] = mapped_column(Text, default="")
     finished_at: Mapped[datetime | None]
     # Number of the outcome in the job, from 1, in the order of recording; null before there is one, for duplicates, and

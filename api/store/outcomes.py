@@ -15,6 +15,7 @@ from api.store import events, rendering
 from api.store.columns import utc_now
 from api.store.models import CandidateRow, ImprovementRow, ItemScoresRow, JobRow, ObjectiveValueRow, SlopesRow
 from optimizer.errors import Conflict, InvalidInput, NotFound
+from optimizer.fitness.cost import Cost
 from optimizer.pareto import update_front
 from optimizer.ports import Evaluation
 
@@ -43,6 +44,7 @@ def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
             candidate.on_front = _join_front(session, job, list(evaluation.values))
             _note_improvement(session, job, evaluation.index, list(evaluation.values))
     candidate.recorded = job.completed + job.failed
+    job.cost = (Cost.of(job.cost) + evaluation.cost).to_json()
     _insert_items(session, job, evaluation)
     _insert_slopes(session, job, evaluation)
     _share(session, job, candidate)
@@ -67,14 +69,28 @@ def insert_values(session: Session, job: JobRow, values: dict[int, list[float]])
 
 
 def signs(job: JobRow) -> NDArray[np.float64]:
-    """Return what turns values into losses, shape (objectives,): -1 where more is better."""
-    return np.array([-1.0 if objective["direction"] == "maximise" else 1.0 for objective in job.objectives])
+    """Return what turns values into losses, shape (objectives,): -1 where more is better, 0 for no axis of the front."""
+    return np.array([_sign(objective) for objective in job.objectives])
+
+
+def _sign(objective: dict[str, Any]) -> float:
+    if objective.get("use", "objective") != "objective":
+        return 0.0
+    return -1.0 if objective["direction"] == "maximise" else 1.0
+
+
+def _better(objective: dict[str, Any], value: float, old: float | None) -> bool:
+    """Whether a value is better than the one before, by the objective's own direction."""
+    if old is None:
+        return True
+    return value > old if objective["direction"] == "maximise" else value < old
 
 
 def mean_loss(job: JobRow, values: Sequence[float]) -> float:
-    """Return the weighted mean of the objectives, maximised ones negated."""
-    weights = np.array([objective["weight"] for objective in job.objectives])
-    return float(np.average(np.array(values) * signs(job), weights=weights))
+    """Return the weighted mean of the axes of the front, maximised ones negated."""
+    of = signs(job)
+    weights = np.array([objective["weight"] for objective in job.objectives]) * np.abs(of)
+    return float(np.average(np.array(values) * of, weights=weights))
 
 
 def _check(job: JobRow, evaluation: Evaluation) -> None:
@@ -91,8 +107,9 @@ def _check(job: JobRow, evaluation: Evaluation) -> None:
     if unknown:
         raise InvalidInput(f"scores of unknown objectives: {', '.join(unknown)}", field="items")
     slopes = evaluation.slopes
-    if slopes is not None and (slopes.ndim != 4 or slopes.shape[:2] != (2, len(names))):
-        raise InvalidInput(f"slopes of shape {slopes.shape} for {len(names)} objectives", field="slopes")
+    axes = int(np.abs(signs(job)).sum())
+    if slopes is not None and (slopes.ndim != 4 or slopes.shape[:2] != (2, axes)):
+        raise InvalidInput(f"slopes of shape {slopes.shape} for {axes} objectives", field="slopes")
 
 
 def _names(job: JobRow) -> list[str]:
@@ -106,6 +123,7 @@ def _fill(candidate: CandidateRow, evaluation: Evaluation) -> None:
     candidate.violation = evaluation.violation
     candidate.failure = None if failure is None else {"code": failure.code, "message": failure.message}
     candidate.seconds = dict(evaluation.seconds)
+    candidate.cost = evaluation.cost.to_json()
     candidate.worker = evaluation.worker
     candidate.finished_at = utc_now()
 
@@ -134,8 +152,8 @@ def _join_front(session: Session, job: JobRow, values: list[float]) -> bool:
 def _note_improvement(session: Session, job: JobRow, index: int, values: list[float]) -> None:
     """Keep the best value of each objective and the lowest mean loss, and where one improved: the progression curve."""
     best = [
-        value if old is None or value * sign < old * sign else old
-        for value, old, sign in zip(values, job.best, signs(job).tolist(), strict=True)
+        value if _better(objective, value, old) else old
+        for objective, value, old in zip(job.objectives, values, job.best, strict=True)
     ]
     loss = mean_loss(job, values)
     lowest = loss if job.best_loss is None else min(loss, job.best_loss)

@@ -39,6 +39,7 @@ def progress(job: JobRow) -> Progress:
         duplicates=job.duplicates,
         front=job.front,
         elapsed_s=job.elapsed_s,
+        cost=job.cost or {},
     )
 
 
@@ -103,6 +104,7 @@ def candidate_fields(row: CandidateRow) -> dict[str, Any]:
         "fingerprint": row.fingerprint,
         "failure": row.failure,
         "seconds": row.seconds,
+        "cost": row.cost or {},
         "created_at": row.created_at,
         "finished_at": row.finished_at,
     }

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Text, and_, cast, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from api.store.models import CandidateRow, JobRow, RecipeRow, SlopesRow
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.ports import Candidate, Evaluation, Failure, JobLog
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
@@ -107,6 +108,7 @@ def _rows(session: Session, job_id: str) -> Sequence[_Record]:
         _text(row.values),
         _text(row.failure),
         _text(row.seconds),
+        _text(row.cost),
     )
     # On the connection: the session would wrap every row once more.
     return session.connection().execute(query.where(row.job_id == job_id).order_by(row.index)).all()
@@ -164,7 +166,7 @@ def _pending_recipes(session: Session, job_id: str) -> dict[int, dict[str, Any]]
 def _evaluations(rows: Sequence[_Record], slopes: Mapping[int, NDArray[np.float64]]) -> dict[int, Evaluation]:
     own = [row for row in rows if row[7] is None and row[12] in ("completed", "failed")]
     own.sort(key=lambda row: row[15] or 0)  # those from before there were numbers stay in front, by index
-    parsed = [_parse([row[column] for row in own]) for column in (16, 17, 18)]
+    parsed = [_parse([row[column] for row in own]) for column in (16, 17, 18, 19)]
     return {
         row[0]: Evaluation(
             row[0],
@@ -175,8 +177,9 @@ def _evaluations(rows: Sequence[_Record], slopes: Mapping[int, NDArray[np.float6
             seconds,
             row[14],
             slopes.get(row[0]),
+            Cost(**cost) if cost else FREE,
         )
-        for row, values, failure, seconds in zip(own, *parsed, strict=True)
+        for row, values, failure, seconds, cost in zip(own, *parsed, strict=True)
     }
 
 

@@ -162,6 +162,10 @@ class Runs(Database):
         A job that the user has meanwhile cancelled is cancelled instead of paused.
         """
         with self._leased(lease, "set_state") as (session, job):
+            if state == "paused" and reason is not None and job.requested == "run":
+                job.requested = (
+                    "pause"  # not the user's wish, but nobody is to take it up before the user does something
+                )
             if state == "paused" and job.requested == "cancel":
                 lifecycle.carry_out(session, job, utc_now())
             else:
@@ -226,7 +230,12 @@ def _resolved(spec: JobSpec, problem: Problem) -> list[dict[str, object]]:
     evaluators = {objective.name: objective.evaluator for objective in spec.objectives}
     views = [
         ObjectiveView(
-            name=o.name, evaluator=evaluators[o.name], metric=o.metric, direction=o.direction, weight=o.weight
+            name=o.name,
+            evaluator=evaluators[o.name],
+            metric=o.metric,
+            direction=o.direction,
+            use=o.use,
+            weight=o.weight,
         )
         for o in problem.objectives
     ]

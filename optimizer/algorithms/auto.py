@@ -68,11 +68,11 @@ class Auto(Algorithm):
         space = make_space(spec, problem)
         return _plan(
             _Features(
-                objectives=len(spec.objectives),
+                objectives=len(problem.axes),
                 variables=space.dim,
                 experts=len(spec.experts) if spec.merge.space is None else 0,
                 evaluations=evaluations,
-                differentiable=all(objective.differentiable for objective in problem.objectives),
+                differentiable=all(objective.differentiable for objective in problem.axes),
                 asynchronous=spec.asynchronous,
             )
         )

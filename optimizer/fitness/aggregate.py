@@ -54,18 +54,24 @@ def aggregate(objectives: Sequence[ResolvedObjective], scores: Mapping[str, Item
 
 
 def to_losses(objectives: Sequence[ResolvedObjective], values: Sequence[float]) -> NDArray[np.float64]:
-    """Return the values as losses, shape (objectives,): maximised ones negated."""
-    signs = [1.0 if objective.direction == "minimise" else -1.0 for objective in objectives]
-    return np.array([value * sign for value, sign in zip(values, signs, strict=True)])
+    """Return the values of the axes among the objectives as losses, shape (axes,): maximised ones negated."""
+    return np.array(
+        [
+            value if objective.direction == "minimise" else -value
+            for objective, value in zip(objectives, values, strict=True)
+            if objective.use == "objective"
+        ]
+    )
 
 
 def to_gains(
     objectives: Sequence[ResolvedObjective], scores: Mapping[str, ItemScores]
 ) -> tuple[NDArray[np.float32], ...]:
-    """Return each objective's per-item scores, shape (items,), such that more is better: minimised ones negated."""
+    """Return each axis's per-item scores, shape (items,), such that more is better: minimised ones negated."""
     return tuple(
         scores[objective.name].values if objective.direction == "maximise" else -scores[objective.name].values
         for objective in objectives
+        if objective.use == "objective"
     )
 
 

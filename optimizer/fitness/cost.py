@@ -38,3 +38,7 @@ class Cost:
     def to_json(self) -> dict[str, float]:
         """Return the parts that are not zero."""
         return {name: value for name, value in asdict(self).items() if value}
+
+
+FREE = Cost()
+"""What costs nothing."""

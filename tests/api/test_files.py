@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from api.cli import app
 from optimizer.recipe import Recipe
-from optimizer.spec import parse_spec
+from optimizer.spec import ModelRef, parse_spec
 from tests.workers.models import tiny_llama
 from workers.checkpoints import open_checkpoint
 
@@ -86,7 +86,9 @@ def test_a_list_makes_a_job(here: Path) -> None:
     assert job["merge"]["bounds"] == {"low": 0.2, "high": 0.6}
     assert job["merge"]["granularity"] == {"layers": "each"}
     objective = {"name": "x", "evaluator": "perplexity", "data": {"path": "data"}}
-    assert parse_spec({**job, "objectives": [objective], "budget": {"evaluations": 1}}).base.path == "models/base"
+    assert parse_spec({**job, "objectives": [objective], "budget": {"evaluations": 1}}).base == ModelRef(
+        path="models/base"
+    )
     recipe = json.loads(succeed("import", "mergekit.yml", "--recipe"))
     assert recipe["root"]["coefficients"] == [[0.6, 0.2], [0.6, 0.4]]
     assert "merge" in yaml.safe_load(succeed("import", fixed(), "--job"))

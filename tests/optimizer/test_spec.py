@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from optimizer.errors import InvalidInput, InvalidProblems
-from optimizer.spec import JobSpec, parse_spec
+from optimizer.spec import JobSpec, ModelRef, parse_spec
 from tests.factories import make_spec
 
 FULL: dict[str, Any] = {
@@ -196,7 +196,7 @@ def test_a_spec_cannot_be_changed() -> None:
 
 
 def test_a_bare_string_is_a_path() -> None:
-    assert parse_spec(changed(("base",), "models/base")).base.path == "models/base"
+    assert parse_spec(changed(("base",), "models/base")).base == ModelRef(path="models/base")
 
 
 def schema_objects() -> Iterator[tuple[str, dict[str, Any]]]:

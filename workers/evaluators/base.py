@@ -75,7 +75,7 @@ class Inputs:
     Attributes:
         rows: the items, at least one; none where the evaluator has items of its own.
         model_dir: checkpoint directory with the config and the tokenizer or image processor: the head expert's, else the
-            base's.
+            base's. In jobs without checkpoints it is empty, and only evaluators that ask services are used.
         field: dotted path of the objective in the job: ``objectives.0``.
         policy: what the server allows.
         roots: where files that options name may be; nowhere by default.
@@ -105,7 +105,8 @@ class Evaluator(ABC):
         metrics: metric to its direction; the first is the default. An instance's are those it returns; they may be others
             than those of its class, which the catalogue shows.
         columns: role of each data column to its description.
-        auto_class: name of the class of `transformers` that opens the models it scores.
+        auto_class: name of the class of `transformers` that opens the models it scores; empty for those that ask a
+            service instead (`workers.evaluators.service`).
         uses_head: whether it needs a head that belongs to one expert.
         whole_only: metrics that are measured on all items or not at all. Others are means of what every item has by itself,
             so that a part of the items gives an estimate of the whole; of these an item's score depends on the others
@@ -153,7 +154,8 @@ class Evaluator(ABC):
                     field=f"{rows.field}.columns.{role}",
                     remedy=f"its roles are: {', '.join(self.columns)}",
                 )
-        self.config = load_config(inputs.model_dir, inputs.field)
+        if self.auto_class:
+            self.config = load_config(inputs.model_dir, inputs.field)
         self.options = options
         self._items = len(rows)
         self.digest = rows.digest

@@ -1,0 +1,152 @@
+"""What all workers have in common: the measures of a job, each taken once for all objectives that share it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from optimizer.errors import (
+    InfeasibleCandidate,
+    InputsChanged,
+    JobError,
+    JobPaused,
+    RetryableError,
+    UserError,
+    WorkerLost,
+)
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import FREE, Cost
+from optimizer.fitness.subset import item_order
+from optimizer.ports import Failure, Result, Task
+from optimizer.problem import Problem
+from optimizer.spec import JobSpec
+from workers.evaluators.base import Evaluator, Scores
+
+
+@dataclass(frozen=True)
+class Measure:
+    """An evaluator that runs once for all objectives that read the same items through the same head.
+
+    Attributes:
+        objectives: (objective, metric) of each.
+        axis: whether one of them is an axis of the front.
+        order: of the items, where only some are measured.
+        whole: whether a metric is asked for that only all items together have.
+    """
+
+    evaluator: Evaluator
+    head: str | None
+    objectives: tuple[tuple[str, str], ...]
+    axis: bool
+    order: NDArray[np.int64]
+    whole: bool
+    parts: dict[int, Evaluator] = field(default_factory=dict)
+
+    def on(self, items: int | None) -> Evaluator:
+        """The evaluator on the first ``items`` of the fixed order; all of them, as they come, where there are no more."""
+        if items is None or self.whole or items >= len(self.evaluator):
+            return self.evaluator
+        if items not in self.parts:
+            self.parts[items] = self.evaluator.subset(self.order[:items].tolist())
+        return self.parts[items]
+
+
+def measures_of(spec: JobSpec, problem: Problem, evaluators: Sequence[Evaluator]) -> list[Measure]:
+    """Group objectives that differ only in metric and use, so that each forward pass is done once."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, objective in enumerate(spec.objectives):
+        same: dict[str, Any] = objective.model_dump(mode="json", include={"evaluator", "options", "data", "head"})
+        groups[repr(same)].append(number)
+    return [
+        Measure(
+            evaluator=evaluators[numbers[0]],
+            head=spec.objectives[numbers[0]].head,
+            objectives=tuple((spec.objectives[n].name, problem.objectives[n].metric) for n in numbers),
+            axis=any(problem.objectives[n].use == "objective" for n in numbers),
+            order=item_order(spec.seed, len(evaluators[numbers[0]])),
+            whole=any(problem.objectives[n].whole for n in numbers),
+        )
+        for numbers in groups.values()
+    ]
+
+
+def take(
+    measures: Sequence[Measure], items: int | None, score: Callable[[Measure, Evaluator], Scores]
+) -> tuple[dict[str, ItemScores], Cost]:
+    """Take all measures of a candidate.
+
+    Args:
+        items: how many items; None for all.
+        score: runs the evaluator of a measure.
+
+    Returns:
+        The per-item scores by objective, and what they cost together.
+    """
+    scores: dict[str, ItemScores] = {}
+    cost = FREE
+    for measure in measures:
+        found = score(measure, measure.on(items))
+        scores |= {objective: found[metric] for objective, metric in measure.objectives}
+        cost += found.cost
+    return scores, cost
+
+
+def check_data(problem: Problem, evaluators: Sequence[Evaluator]) -> None:
+    """Raise `InputsChanged` if this node has other data under the job's paths than the job began with."""
+    for objective, evaluator in zip(problem.objectives, evaluators, strict=True):
+        if evaluator.digest != objective.data_digest:
+            raise InputsChanged(
+                f"the data of objective {objective.name!r} on {socket.gethostname()} is not what the job began with",
+                remedy="give all nodes the same files",
+            )
+
+
+def attempt(task: Task, worker: str, work: Callable[[dict[str, float]], Result]) -> Result:
+    """Return the result of ``work``, or why the candidate has none.
+
+    Errors that concern the whole job or that a retry may mend are raised: `JobError`, `JobPaused`, `RetryableError`.
+    Everything else is this candidate's failure.
+
+    Args:
+        work: gets a dictionary to which it adds the seconds that its parts take.
+    """
+    seconds: dict[str, float] = {}
+    try:
+        return work(seconds)
+    except (RetryableError, JobError, JobPaused):
+        raise
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return _failed(task, worker, "out_of_memory", error, seconds)
+    except torch.AcceleratorError as error:
+        raise WorkerLost(f"the GPU reported: {error}") from error  # nothing works in this process any more
+    except (InfeasibleCandidate, UserError) as error:
+        return _failed(task, worker, error.code, error, seconds)
+    except Exception as error:  # noqa: BLE001 - an evaluator's defect costs this candidate, not the job
+        return _failed(task, worker, "evaluation_failed", error, seconds)
+
+
+def _failed(task: Task, worker: str, code: str, error: Exception, seconds: Mapping[str, float]) -> Result:
+    message = str(error) or type(error).__name__
+    return Result(task.index, failure=Failure(code, message[:2000]), seconds=dict(seconds), worker=worker)
+
+
+class timed:  # noqa: N801 - reads as a statement
+    """Adds the seconds its block took to a dictionary."""
+
+    def __init__(self, into: dict[str, float], part: str) -> None:
+        self._into, self._part = into, part
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._into[self._part] = time.perf_counter() - self._start

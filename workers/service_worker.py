@@ -1,0 +1,50 @@
+"""The worker of a job without checkpoints: it holds no model, and asks the services that the objectives name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from optimizer.errors import InvalidInput
+from optimizer.ports import Result, Task
+from optimizer.problem import Problem
+from optimizer.recipe import Recipe
+from optimizer.spec import JobSpec
+from workers.evaluators.base import Evaluator, Scores
+from workers.evaluators.service import ServiceEvaluator
+from workers.measuring import Measure, attempt, check_data, measures_of, take, timed
+from workers.prepare import make_evaluators
+from workers.roots import Roots
+
+
+class ServiceWorker:
+    """Evaluates candidates by asking services.
+
+    Args:
+        spec: the job.
+        problem: its inputs as found when it was prepared.
+        roots: where data may be, and which services may be asked.
+        name: how the worker is called in results.
+    """
+
+    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
+        self._name = name
+        evaluators = make_evaluators(spec, roots, {})
+        check_data(problem, evaluators)
+        self._measures = measures_of(spec, problem, evaluators)
+
+    def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
+        """Return the per-item scores of a candidate, or why it has none; raises as `attempt` does."""
+        return attempt(task, self._name, partial(self._evaluate, task, cancelled))
+
+    def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
+        recipe = Recipe.parse(task.recipe)
+
+        def score(_: Measure, evaluator: Evaluator) -> Scores:
+            if not isinstance(evaluator, ServiceEvaluator):
+                raise InvalidInput(f"{evaluator.name} looks at a model, and there is none", field="evaluator")
+            return evaluator.score(recipe, cancelled)
+
+        with timed(seconds, "evaluate"):
+            scores, cost = take(self._measures, task.items, score)
+        return Result(task.index, scores, seconds=seconds, worker=self._name, cost=cost)
