@@ -127,6 +127,19 @@ def vocabulary_of(checkpoint: Checkpoint) -> JoinedVocabulary | None:
     return checkpoint.vocabulary if isinstance(checkpoint, AlignedCheckpoint) else None
 
 
+def content_of(name: str, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Return digests of all that a checkpoint's shared weights depend on.
+
+    Args:
+        name: of the checkpoint.
+        checkpoints: all of the job, by name.
+    """
+    joined = vocabulary_of(checkpoints[name])
+    if joined is None:
+        return [checkpoints[name].digest]
+    return [checkpoints[name].digest, joined.digest, *(checkpoints[other].digest for other in joined.order)]
+
+
 def notes_of(checkpoint: Checkpoint) -> list[Finding]:
     """Return what the report says of how a checkpoint was opened, and of what was done to make it fit."""
     return list(getattr(checkpoint, "notes", []))

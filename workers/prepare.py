@@ -23,6 +23,7 @@ from workers.grams import measure_grams
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
+from workers.references import check_experts
 from workers.roots import Roots
 
 
@@ -94,6 +95,7 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
         rows = _rows(objective, cls, roots, field)
         model_dir = checkpoints[objective.head or "base"].path if checkpoints else Path()
         evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
+        check_experts(evaluators[-1], [expert.name for expert in spec.experts], field)
     return evaluators
 
 

@@ -27,6 +27,7 @@ from workers.merging.calibration import Calibrations, check_items, load_items
 from workers.merging.engine import MergeEngine
 from workers.merging.resident import ResidentModels
 from workers.prepare import make_evaluators
+from workers.references import References
 from workers.roots import Roots
 from workers.slopes import Slopes
 
@@ -63,6 +64,9 @@ class EvaluationWorker:
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
         self._measures = measures_of(spec, problem, evaluators)
+        references = References(self._models, checkpoints, cache)
+        for measure in self._measures:
+            references.provide(measure.evaluator, measure.head)
         self._objectives = [objective.name for objective in problem.axes]
         groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
         self._slopes = Slopes(self._models, engine, groups)

@@ -18,8 +18,9 @@ from workers.evaluators.base import Batch, Prediction, by_length, log_softmax, p
 from workers.evaluators.loading import check_vocabulary
 
 # Logits take most of the memory: tokens × vocabulary, in float32 and once more for the softmax.
-_MAX_LOGITS = 2**27
-_UNSCORED = -100
+MAX_LOGITS = 2**27
+UNSCORED = -100
+"""Target of a token that is only context."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,28 @@ class LikelihoodScorer:
     ) -> None:
         check_vocabulary((sequence.ids for sequence in sequences), config, model_dir, field)
         vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1
-        groups = by_length([len(s.ids) - 1 for s in sequences], batch_size, _MAX_LOGITS // vocabulary)
+        groups = by_length([len(s.ids) - 1 for s in sequences], batch_size, MAX_LOGITS // vocabulary)
         self._sequences = sequences
         self.tokens = sum(len(sequence.ids) - 1 for sequence in sequences)
         self._batches = [_batch(items, [sequences[i] for i in items]) for items in groups]
 
     def losses(self, model: PreTrainedModel, cancelled: Callable[[], bool]) -> NDArray[np.float64]:
         """Return the negative log-likelihood (nats) of each sequence's predicted tokens, shape (sequences,)."""
-        out: NDArray[np.float64] = run(model, self._batches, _losses, cancelled)[0]
+        out: NDArray[np.float64] = self.scores(model, _losses, cancelled)[0]
         return out
+
+    def scores(
+        self, model: PreTrainedModel, score: Callable[[Tensor, Tensor], Tensor], cancelled: Callable[[], bool]
+    ) -> NDArray[np.float64]:
+        """Return anything else about the predicted tokens, shape (scores, sequences).
+
+        Args:
+            model: a causal language model.
+            score: gets the logits, shape (batch, tokens, vocabulary), and the tokens that they predict, shape (batch,
+                tokens), `UNSCORED` where none is; returns shape (scores, batch).
+            cancelled: asked before every batch.
+        """
+        return run(model, self._batches, lambda model, batch: score(*_outputs(model, batch)), cancelled)
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """Yield the predicted tokens of each sequence, one sequence after the other; see `Evaluator.predictions`."""
@@ -77,15 +91,14 @@ class LikelihoodScorer:
 def _batch(items: NDArray[np.int64], sequences: list[Scored]) -> Batch:
     ids = pad([s.ids[:-1] for s in sequences], 0)  # masked, and behind the tokens: any id serves
     mask = pad([[1] * (len(s.ids) - 1) for s in sequences], 0)
-    targets = pad([[_UNSCORED] * (s.start - 1) + s.ids[s.start :] for s in sequences], _UNSCORED)
+    targets = pad([[UNSCORED] * (s.start - 1) + s.ids[s.start :] for s in sequences], UNSCORED)
     first = min(s.start for s in sequences) - 1
     return Batch(items, {"input_ids": ids, "attention_mask": mask}, targets[:, first:])
 
 
-def _losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    logits, targets = _outputs(model, batch)
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     losses = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=_UNSCORED, reduction="none"
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="none"
     )
     return losses.view(targets.shape).double().sum(dim=1)[None]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from optimizer.errors import InvalidInput
 from workers.evaluators.base import Batch, Inputs, by_length, pad
 from workers.evaluators.loading import check_vocabulary, load_tokenizer, max_length
 
@@ -78,24 +79,35 @@ class Texts:
         ]
 
 
-def load_texts(inputs: Inputs, config: PreTrainedConfig, longest: int | None) -> Texts:
+def load_texts(inputs: Inputs, config: PreTrainedConfig, longest: int | None, room: int = 0) -> Texts:
     """Tokenise the columns ``text`` and, where there is one, ``text_pair``.
 
     Args:
         inputs: of the evaluator.
         config: the model's.
         longest: most tokens, as asked for; None for the default.
+        room: how many of them are for what is to be written after a text. With any, texts that are too long lose their
+            beginning.
 
     Raises:
         InvalidData: a row has no text, or one without tokens.
-        InvalidInput: the model does not take such long texts.
+        InvalidInput: the model does not take such long texts, or ``room`` leaves none for them.
         InvalidCheckpoint: the tokenizer is missing, unusable or of another model.
     """
     rows, model_dir, field = inputs.rows, inputs.model_dir, inputs.field
     first = rows.texts("text")
     second = rows.texts("text_pair") if rows.has("text_pair") else None
     tokenizer = load_tokenizer(model_dir, field)
-    texts = Texts(tokenizer, config, first, second, max_length(longest, tokenizer, config, field))
+    limit = max_length(longest, tokenizer, config, field) - room
+    if limit < 1:
+        raise InvalidInput(
+            f"{room} tokens to write leave no room for a text",
+            field=f"{field}.options.max_length",
+            remedy=f"use more than {room}, or write fewer tokens",
+        )
+    if room:
+        tokenizer.truncation_side = "left"
+    texts = Texts(tokenizer, config, first, second, limit)
     for row, length in enumerate(texts.lengths):
         if not length:
             raise rows.error("text", row, "the text has no tokens")

@@ -15,7 +15,7 @@ from optimizer.errors import InputsChanged, InvalidInput
 from optimizer.geometry import Layout, Position, TensorInfo
 from optimizer.recipe import CalibrationId, Recipe
 from optimizer.spec import Calibration
-from workers.alignment import vocabulary_of
+from workers.alignment import content_of
 from workers.checkpoints import Checkpoint
 from workers.data import load_rows
 from workers.evaluators.base import Evaluator, Inputs, find_evaluator
@@ -210,8 +210,8 @@ class Calibrations:
             head = items.head or "base"
             data = {
                 "version": _VERSION,
-                "model": self._content(model),
-                "head": self._content(head),
+                "model": content_of(model, self._checkpoints),
+                "head": content_of(head, self._checkpoints),
                 "items": items.evaluator.digest,
                 "evaluator": items.evaluator.name,
                 "options": items.evaluator.options.model_dump(mode="json", exclude={"batch_size"}),
@@ -268,13 +268,6 @@ class Calibrations:
             }
 
         return self._cache.get(key, compute, True)
-
-    def _content(self, model: str) -> list[str]:
-        checkpoint = self._checkpoints[model]
-        joined = vocabulary_of(checkpoint)
-        if joined is None:
-            return [checkpoint.digest]
-        return [checkpoint.digest, joined.digest, *(self._checkpoints[name].digest for name in joined.order)]
 
     def _seed(self, model: str, question: str) -> int:
         return int(key_of([self.identity(model), question])[:16], 16)

@@ -114,6 +114,15 @@ class ResidentModels:
                 self._put_away(key, self._models.pop(key))
         self.refresh()
 
+    def put(self, name: str) -> None:
+        """Take a checkpoint's own weights instead of a merge, ``base`` or an expert; heads stay whose they are.
+
+        To be called before the first recipe is applied, or after one that changes no layers.
+        """
+        for tensor in self.layout.shared:
+            self.shared[tensor.name].copy_(self._engine.source(name, tensor, self.device))
+        self.refresh()
+
     def refresh(self) -> None:
         """Compute anew what the models derive from `shared`, after writing to it."""
         for built in self._models.values():

@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,11 +23,14 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from optimizer.spec import DataSpec
-from tests.workers.models import tiny_bert, tiny_llama, tiny_segformer, tiny_vit
+from tests.workers.models import tiny_bert, tiny_bert_base, tiny_llama, tiny_segformer, tiny_vit
 from workers.data import Rows, load_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs
+from workers.evaluators.reference import ReferenceEvaluator
 
 FIELD = "objectives.0"
+
+_AUTO_CLASSES: dict[Any, str] = {tiny_llama: "AutoModelForCausalLM"}  # of evaluators for more than one kind of model
 
 Row = dict[str, Any]
 
@@ -40,6 +45,7 @@ class Case:
         bad: for each role, values that must be refused.
         options: of the evaluator.
         smooth: a metric that changes a little when a model's weights do.
+        loose: how much it may change with bfloat16, as a share.
     """
 
     checkpoint: Callable[[Path], Path]
@@ -47,6 +53,7 @@ class Case:
     bad: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
     smooth: str = "loss"
+    loose: float = 0.1
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -73,6 +80,8 @@ def mask(seed: int, size: tuple[int, int] = (11, 9), classes: int = 3) -> bytes:
     values = random.integers(0, classes, (size[1], size[0]), dtype=np.uint8)
     return as_png(np.where(random.random(values.shape) < 0.1, 255, values).astype(np.uint8))
 
+
+TEXTS: list[Row] = [{"text": words(count, count)} for count in (3, 40, 1, 17, 90, 8, 25)]
 
 CASES: dict[str, Case] = {
     "text_classification": Case(
@@ -105,9 +114,69 @@ CASES: dict[str, Case] = {
             ],
         },
     ),
+    "text_regression": Case(
+        checkpoint=partial(tiny_bert, labels=1),
+        rows=[{"text": words(1 + 5 * n % 13, n), "label": (n - 4) / 3} for n in range(11)],
+        bad={"text": [7, "\ud800"], "label": ["much", True, [1.0], "nan", float("inf"), "1e300", ""]},
+        smooth="squared_error",
+    ),
+    "image_regression": Case(
+        checkpoint=partial(tiny_vit, labels=1),
+        rows=[{"image": {"bytes": png(n), "path": None}, "label": n / 3} for n in range(7)],
+        bad={"image": [b"no image", "elsewhere.png"], "label": ["much", True, None]},
+        smooth="squared_error",
+    ),
+    "retrieval": Case(
+        checkpoint=tiny_bert_base,
+        rows=[
+            {
+                "query": words(2 + n, n),
+                "positive": words(3 + n, 50 + n) if n % 2 else [words(4, 20 + n), words(9, 30 + n)],
+                "negative": [words(5, 40 + n)] if n % 3 else [],
+            }
+            for n in range(7)
+        ],
+        bad={
+            "query": [7, "\ud800", ["w1"]],
+            "positive": [7, [], [3], ["w1", "\ud800"], {"text": "w1"}],
+        },
+        loose=0.3,
+    ),
+    "sentence_similarity": Case(
+        checkpoint=tiny_bert_base,
+        rows=[{"text": words(3 + n, n), "text_pair": words(9 - n, 30 + n), "score": n * 0.7} for n in range(7)],
+        bad={"text": [7, "\ud800"], "text_pair": [7], "score": [5.1, -0.1, "much", True]},
+    ),
+    "entropy": Case(
+        checkpoint=tiny_llama,
+        rows=TEXTS,
+        bad={"text": ["", "  ", 7, "\ud800"]},
+        options={"max_length": 32},
+        smooth="entropy",
+    ),
+    "divergence": Case(
+        checkpoint=tiny_llama,
+        rows=TEXTS,
+        bad={"text": ["", "  ", 7, "\ud800"]},
+        options={"max_length": 32, "top": 5},
+        smooth="js_divergence",
+    ),
+    "alignment": Case(
+        checkpoint=tiny_llama,
+        rows=TEXTS,
+        bad={"text": ["", "  ", 7, "\ud800"]},
+        options={"max_length": 32, "positions": 5},
+        smooth="alignment",
+    ),
+    "consistency": Case(
+        checkpoint=tiny_llama,
+        rows=TEXTS,
+        bad={"text": ["", "  ", 7, "\ud800"]},
+        options={"max_new_tokens": 5},
+    ),
     "causal_lm": Case(
         checkpoint=tiny_llama,
-        rows=[{"text": words(count, count)} for count in (3, 40, 1, 17, 90, 8, 25)],
+        rows=TEXTS,
         bad={"text": ["", "  ", 7, "\ud800"]},
         options={"max_length": 32},
     ),
@@ -133,15 +202,30 @@ def as_rows(items: Sequence[Row], columns: Mapping[str, str] | None = None) -> R
 
 
 def build(name: str, checkpoint: Path, rows: Rows | Sequence[Row], **options: Any) -> Evaluator:
-    """Return an evaluator over rows, with options given by name."""
+    """Return an evaluator over rows, with options given by name; one that compares with experts has asked two."""
     cls = EVALUATORS[name]
     rows = rows if isinstance(rows, Rows) else as_rows(rows)
-    return cls(cls.Options(**options), Inputs(rows, checkpoint, FIELD))
+    evaluator = cls(cls.Options(**options), Inputs(rows, checkpoint, FIELD))
+    if isinstance(evaluator, ReferenceEvaluator):
+        evaluator.refer({str(seed): evaluator.observe(expert(name, checkpoint, seed)) for seed in (1, 2)})
+    return evaluator
 
 
 def open_model(name: str, checkpoint: Path) -> PreTrainedModel:
-    """Open a checkpoint with the class that an evaluator names."""
-    model: PreTrainedModel = getattr(transformers, EVALUATORS[name].auto_class).from_pretrained(checkpoint)
+    """Open a checkpoint with the class that an evaluator of it names."""
+    auto_class = _AUTO_CLASSES.get(CASES[name].checkpoint, EVALUATORS[name].auto_class)
+    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(checkpoint)
+    return model
+
+
+@cache
+def expert(name: str, checkpoint: Path, seed: int) -> PreTrainedModel:
+    """Return a model that was changed a little from a checkpoint's, as by fine-tuning."""
+    model = open_model(name, checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return model
 
 
