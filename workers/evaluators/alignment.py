@@ -86,7 +86,8 @@ class Alignment(ReferenceEvaluator):
         for layer in self.options.layers:
             if not -count <= layer < count:
                 raise InvalidInput(
-                    f"the model has hidden states 0 to {count - 1}, not {layer}", field=f"{self._inputs.field}.options.layers"
+                    f"the model has hidden states 0 to {count - 1}, not {layer}",
+                    field=f"{self._inputs.field}.options.layers",
                 )
         return sorted({layer % count for layer in self.options.layers})
 
