@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -24,6 +25,9 @@ from optimizer.geometry import ModuleKind
 
 USUAL_HEADS = ["classifier.*", "score.*", "qa_outputs.*"]
 """Patterns of the parameters that transformers' models for one task add to a shared model."""
+
+USUAL: dict[str, JsonValue] = {"x-usual": True}
+"""Marks optional fields that most specs fill in: forms show them open."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Direction = Literal["maximise", "minimise"]
@@ -297,7 +301,9 @@ class Objective(Strict):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
     data: DataSpec | None = Field(
-        default=None, description="The items it is measured on; left out where the evaluator brings its own."
+        default=None,
+        description="The items it is measured on; left out where the evaluator brings its own.",
+        json_schema_extra=USUAL,
     )
     metric: str | None = Field(
         default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
@@ -474,8 +480,15 @@ class JobSpec(Strict):
         description="Shown in lists.",
         examples=["three word tasks"],
     )
-    base: ModelRef | None = Field(default=None, description="The common ancestor of the experts.")
-    experts: list[Expert] = Field(default_factory=list, max_length=1000, description="The fine-tuned models to merge.")
+    base: ModelRef | None = Field(
+        default=None, description="The common ancestor of the experts.", json_schema_extra=USUAL
+    )
+    experts: list[Expert] = Field(
+        default_factory=list,
+        max_length=1000,
+        description="The fine-tuned models to merge.",
+        json_schema_extra=USUAL,
+    )
     endpoint: EndpointSpec | None = Field(
         default=None, description="Who holds the models, in place of `base` and `experts`."
     )

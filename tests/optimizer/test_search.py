@@ -437,3 +437,38 @@ def test_an_algorithm_that_has_nothing_more_to_say_ends_the_job() -> None:
         assert search.stop_reason == "all is said"
     finally:
         del type(search.algorithm).stop_reason
+
+
+def test_what_only_constrains_or_is_reported_is_no_axis() -> None:
+    spec = make_spec(
+        objectives=[
+            {"name": "language", "evaluator": "text_classification", "metric": "loss", "data": {"path": "a.jsonl"}},
+            {
+                "name": "safety",
+                "evaluator": "text_classification",
+                "metric": "accuracy",
+                "data": {"path": "b.jsonl"},
+                "use": "constraint",
+                "constraint": {"at_least": 0.5},
+            },
+            {
+                "name": "length",
+                "evaluator": "text_classification",
+                "metric": "loss",
+                "data": {"path": "c.jsonl"},
+                "use": "report",
+            },
+        ],
+        algorithm={"name": "cma_es"},
+        warm_starts={"base": False, "experts": False, "uniform": False},
+    )
+    search = Search(spec, make_problem(spec))
+    assert search.algorithm.context.objectives == 1
+    first = search.next()[:2]
+    search.add(first)
+    # The second is worse in what is only reported, and better where it counts.
+    search.record(Evaluation(0, (0.5, 0.9, 0.1)))
+    search.record(Evaluation(1, (0.4, 0.9, 9.0)))
+    search.next()
+    assert search._front.indices == [1]
+    assert search._front.losses.tolist() == [[0.4]]

@@ -91,7 +91,7 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
 def test_messages_stand_beside_the_fields(service: Service, tab: Tab) -> None:
     page = open_form(tab, service)
     page.get_by_role("button", name="Submit").click()
-    expect(page.get_by_text("5 problems to put right")).to_be_visible()
+    expect(page.get_by_text("4 problems to put right")).to_be_visible()
     name = item(page, "Expert 1").get_by_label("Name")
     expect(name).to_have_attribute("aria-invalid", "true")
     expect(name).to_be_focused()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from api.store.ports import BestCandidates, JobStore
 from api.store.sql import SqlStore
 from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.fitness.aggregate import to_losses
+from optimizer.fitness.cost import Cost
 from optimizer.pareto import front_mask
 from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
 from optimizer.problem import Grams, PlannedPhase
@@ -294,6 +296,15 @@ class TestLeases:
         store.request(lease.job_id, "pause")
         store.request(lease.job_id, "run")
         store.set_state(lease, "paused")  # the controller had read `pause` already
+        assert claimed(store, owner="two").job_id == lease.job_id
+
+    def test_a_job_that_paused_for_a_reason_waits_for_its_user(self, store: SqlStore) -> None:
+        lease = started(store)
+        store.set_state(lease, "paused", "the service's token has expired")
+        assert store.claim("two", TTL) is None
+        view = store.get_job(lease.job_id)
+        assert (view.state, view.requested, view.reason) == ("paused", "pause", "the service's token has expired")
+        assert store.request(lease.job_id, "run").state == "queued"
         assert claimed(store, owner="two").job_id == lease.job_id
 
     def test_start_keeps_the_first_problem_and_start_time(self, store: SqlStore) -> None:
@@ -675,6 +686,30 @@ class TestEvaluations:
         assert [point.index for point in front.front] == np.flatnonzero(expected).tolist()
         assert front.total == completed
         _check_progression(store, lease.job_id, losses[order], order)
+
+    def test_what_is_only_reported_decides_nothing(self, store: SqlStore) -> None:
+        first, second = (objective.model_dump(mode="json") for objective in SPEC.objectives)
+        spec = make_spec(objectives=[first, second | {"use": "report"}])
+        lease = started(store, spec)
+        propose(store, lease, 3)
+        for index, values in enumerate([(0.5, 0.1), (0.4, 0.0), (0.6, 9.0)]):
+            store.add_evaluation(lease, scored(index, values))
+        front = store.front(lease.job_id)
+        assert [point.index for point in front.front] == [2]
+        assert [objective.use for objective in front.objectives] == ["objective", "report"]
+        assert store.get_job(lease.job_id).best == [0.6, 0.0]
+        assert store.progression(lease.job_id).loss == [-0.5, -0.5, -0.6]
+
+    def test_costs_are_kept_and_added_up(self, store: SqlStore) -> None:
+        lease = started(store)
+        propose(store, lease, 2)
+        store.add_evaluation(lease, replace(scored(0, (0.5, 0.1)), cost=Cost(items=20, tokens=300)))
+        store.add_evaluation(lease, replace(failed(1), cost=Cost(requests=2, money=0.25)))
+        shown = [item.cost for item in store.list_candidates(lease.job_id).items]
+        assert shown == [{"items": 20, "tokens": 300}, {"requests": 2, "money": 0.25}]
+        total = {"items": 20, "tokens": 300, "requests": 2, "money": 0.25}
+        assert store.get_job(lease.job_id).progress.cost == total
+        assert store.load(lease).evaluations[0].cost == Cost(items=20, tokens=300)
 
 
 def _losses(outcome: tuple[int, int, float] | None) -> list[float]:

@@ -97,8 +97,13 @@ export function fraction(progress) {
 }
 
 /** "language (loss, lower is better)". */
+/** What evaluations cost: "1,200 items, 34,000 tokens", or "" for nothing. */
+export const costText = (cost) => Object.entries(cost ?? {}).map(([part, value]) => `${new Intl.NumberFormat("en", { maximumFractionDigits: 2 }).format(value)} ${part}`).join(", ");
+
+const USES = { constraint: "a constraint", report: "only reported" };
+
 export function objectiveTitle(objective) {
   const better = objective.direction ? (objective.direction === "minimise" ? "lower is better" : "higher is better") : null;
-  const parts = [objective.metric, better].filter(Boolean);
+  const parts = [objective.metric, better, USES[objective.use]].filter(Boolean);
   return parts.length ? `${objective.name} (${parts.join(", ")})` : objective.name;
 }

@@ -6,7 +6,7 @@ import { same } from "../core/util.js";
 import { defaultOf, resolve } from "./schema.js";
 import { frame, helpOf } from "./frame.js";
 
-const ALWAYS_OPEN = new Set(["", "merge", "algorithm", "budget"]);
+const ALWAYS_OPEN = new Set(["", "base", "experts", "merge", "algorithm", "budget"]);
 
 /** Make the children of an object's properties: a Map of name to widget. */
 function properties(schema, context) {
@@ -140,6 +140,16 @@ export function optionalWidget(schema, context) {
   };
 }
 
+/** An optional part that most jobs have: shown as if it were needed, and left out where nothing is filled in. */
+export function usualWidget(schema, context) {
+  const inner = objectWidget({ ...schema, default: undefined }, context);
+  const read = () => {
+    const value = inner.read();
+    return isEmpty(value) ? undefined : value;
+  };
+  return { ...inner, read, check: () => (read() === undefined ? [] : inner.check()) };
+}
+
 /** A list: any number of items between the bounds. */
 export function listWidget(schema, context) {
   const item = resolve(schema.items, context.defs).schema;
@@ -221,6 +231,7 @@ export function listWidget(schema, context) {
   };
   widget.node.classList.add("wide");
   widget.write(defaultOf(schema));
+  if (schema["x-usual"] && !items.length) insert(undefined);
   return widget;
 }
 

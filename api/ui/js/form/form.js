@@ -1,7 +1,7 @@
 // The form of a job spec, made from its JSON schema and the registries.
 
 import { label, plural } from "../core/format.js";
-import { dictWidget, flagsWidget, listWidget, objectWidget, optionalWidget } from "./collections.js";
+import { dictWidget, flagsWidget, listWidget, objectWidget, optionalWidget, usualWidget } from "./collections.js";
 import { optionsWidget, registryWidget, rolesWidget } from "./options.js";
 import { checkboxWidget, choiceWidget, enumWidget, jsonWidget, numbersWidget, numberWidget, scalarWidget, textWidget } from "./scalars.js";
 import { kindOf, resolve } from "./schema.js";
@@ -25,7 +25,7 @@ export function jobForm(schema, registries) {
     const found = resolve(part, context.defs);
     if (special.fields[context.path]) return special.fields[context.path](found.schema, context);
     const kind = kindOf(found.schema);
-    if (kind === "object" && found.nullable) return optionalWidget(found.schema, context);
+    if (kind === "object" && found.nullable) return (found.schema["x-usual"] ? usualWidget : optionalWidget)(found.schema, context);
     return WIDGETS[kind](found.schema, context);
   }
 

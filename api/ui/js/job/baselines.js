@@ -45,10 +45,11 @@ function compare(model) {
 
 function table(model, { baselines, best }, all) {
   const { objectives } = model;
-  const single = objectives.length === 1;
-  const maximised = objectives.every((objective) => objective.direction === "maximise");
+  const axes = model.axes.map((i) => objectives[i]);
+  const single = axes.length === 1;
+  const maximised = axes.every((objective) => objective.direction === "maximise");
   const mean = (loss) => (maximised ? -loss : loss);
-  const meanName = maximised || objectives.every((objective) => objective.direction === "minimise") ? "mean" : "mean loss";
+  const meanName = maximised || axes.every((objective) => objective.direction === "minimise") ? "mean" : "mean loss";
   const cells = (point) => [
     objectives.map((_, i) => h("td", { class: "num" }, score(point.values[i]))),
     !single && h("td", { class: "num" }, score(mean(point.loss))),

@@ -22,10 +22,10 @@ export function bestCurve(model, page) {
   return node;
 }
 
-function strips({ progression, objectives }) {
+function strips({ progression, objectives, axes }) {
   const each = objectives.map((objective, i) => ({ ...objective, values: progression.best.map((row) => row[i]) }));
-  if (each.length === 1) return each;
-  const same = (direction) => objectives.every((objective) => objective.direction === direction);
+  if (axes.length === 1) return each;
+  const same = (direction) => axes.every((i) => objectives[i].direction === direction);
   const mean = same("maximise")
     ? { name: "weighted mean", direction: "maximise", values: progression.loss.map((loss) => -loss) }
     : { name: same("minimise") ? "weighted mean" : "weighted mean loss", direction: "minimise", values: progression.loss };

@@ -1,7 +1,7 @@
 // The selected candidate: scores, origin, coefficients, items, recipe.
 
 import { button, card, h, replace } from "../core/dom.js";
-import { dateTime, duration, objectiveTitle, plural, score } from "../core/format.js";
+import { costText, dateTime, duration, objectiveTitle, plural, score } from "../core/format.js";
 import { copyText } from "../core/notify.js";
 import { layerPlan, tables } from "./coefficients.js";
 import { heatmap } from "./heatmap.js";
@@ -86,6 +86,7 @@ function facts(model, candidate) {
     candidate.duplicate_of !== null && ["Same as", links([candidate.duplicate_of])],
     candidate.parents.length > 0 && ["Parents", links(candidate.parents)],
     seconds && ["Took", seconds],
+    costText(candidate.cost) && ["Cost", costText(candidate.cost)],
     candidate.worker && ["Worker", candidate.worker],
     ["Proposed", dateTime(candidate.created_at)],
     ["Fingerprint", h("code", { title: candidate.fingerprint }, candidate.fingerprint.slice(0, 16))],
@@ -94,6 +95,11 @@ function facts(model, candidate) {
 }
 
 function coefficients(model, candidate) {
+  const set = candidate.recipe.root?.values;
+  if (set) {
+    return h("section", null, h("h4", null, "Parameters"), h("dl", { class: "facts" },
+      Object.entries(set).map(([name, value]) => [h("dt", null, name), h("dd", null, typeof value === "number" ? score(value) : String(value))])));
+  }
   const found = tables(model.job, candidate.recipe);
   const plan = layerPlan(candidate.recipe);
   if (!found.length && !plan.length) return h("p", { class: "muted" }, `This candidate is the model “${candidate.recipe.root?.model}” as it is.`);

@@ -7,7 +7,8 @@ import { axis, baseLayout, drawing, plain, token } from "./plotly.js";
 const NUMBER = "#";
 
 export function frontPlot(model, page) {
-  const state = { partial: false, x: model.objectives.length > 1 ? 0 : NUMBER, y: model.objectives.length > 1 ? 1 : 0 };
+  const [first, second] = model.axes;
+  const state = { partial: false, x: second === undefined ? NUMBER : first, y: second ?? first };
   const plot = h("div", { class: "plot plot-front", role: "img" });
   const options = (withNumber) => [
     ...(withNumber ? [[NUMBER, "candidate number"]] : []),

@@ -3,7 +3,7 @@
 import { jobPath, post, remove } from "../core/api.js";
 import { confirmDialog } from "../core/dialogs.js";
 import { button, h, replace, setText } from "../core/dom.js";
-import { ago, count, dateTime, duration, fraction, isOpen, jobState, objectiveTitle, score } from "../core/format.js";
+import { ago, costText, count, dateTime, duration, fraction, isOpen, jobState, objectiveTitle, score } from "../core/format.js";
 import { act, copyText, toast } from "../core/notify.js";
 import { go } from "../core/router.js";
 import { enqueueDialog } from "./enqueue.js";
@@ -122,6 +122,7 @@ function statistics(model) {
     bar.dataset.tone = { completed: "ok", failed: "bad", paused: "warn" }[state] ?? "";
     setText(front.value, count(progress.front));
     setText(failed.value, count(progress.failed));
+    evaluations.node.title = costText(progress.cost);
     failed.value.dataset.tone = progress.failed ? "bad" : "";
     setText(duplicates.value, count(progress.duplicates));
     best.forEach((one, i) => setText(one.value, score(model.job.best[i])));

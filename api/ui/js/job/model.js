@@ -78,6 +78,11 @@ export class JobModel {
     return this.job.objectives;
   }
 
+  /** Places of those that are axes of the front: the others only constrain, or are only reported. */
+  get axes() {
+    return this.objectives.flatMap(({ use }, i) => (use === "objective" ? [i] : []));
+  }
+
   /** Running time, ticking while the job runs. */
   get elapsed() {
     const since = this.job.state === "running" ? (performance.now() - this.seenAt) / 1000 : 0;
@@ -180,9 +185,10 @@ export class JobModel {
     return improved;
   }
 
-  /** Weighted mean of the objectives, maximised ones negated. */
+  /** Weighted mean of the front's axes, maximised ones negated. */
   loss(values) {
-    const weights = this.objectives.reduce((sum, { weight }) => sum + weight, 0);
-    return this.objectives.reduce((sum, { direction, weight }, i) => sum + (direction === "minimise" ? 1 : -1) * weight * values[i], 0) / weights;
+    const axes = this.axes.map((i) => ({ ...this.objectives[i], value: values[i] }));
+    const weights = axes.reduce((sum, { weight }) => sum + weight, 0);
+    return axes.reduce((sum, { direction, weight, value }) => sum + (direction === "minimise" ? 1 : -1) * weight * value, 0) / weights;
   }
 }
