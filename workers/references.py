@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from optimizer.errors import InvalidInput
+from optimizer.recipe import Leaf, ModelId, Recipe
 from workers.alignment import content_of
-from workers.checkpoints import Checkpoint
 from workers.evaluators.base import Evaluator
 from workers.evaluators.reference import ReferenceEvaluator
 from workers.merging.cache import Cache, Numbers, key_of
@@ -49,16 +49,15 @@ class References:
     of device that the weights are in.
 
     Args:
-        models: the resident model, which is left in no defined state.
-        checkpoints: ``base`` and the experts by name.
+        models: the resident model; an expert is merged into it by a recipe of its own, and then what was there before.
+        known: the models of the job's recipes.
         cache: of the answers; in memory by default.
     """
 
-    def __init__(
-        self, models: ResidentModels, checkpoints: Mapping[str, Checkpoint], cache: Cache | None = None
-    ) -> None:
+    def __init__(self, models: ResidentModels, known: Mapping[str, ModelId], cache: Cache | None = None) -> None:
         self._models = models
-        self._checkpoints = checkpoints
+        self._checkpoints = models.checkpoints
+        self._known = dict(known)
         self._cache = cache or Cache()
 
     def provide(self, evaluator: Evaluator, head: str | None) -> None:
@@ -71,8 +70,13 @@ class References:
     def _answers(self, evaluator: ReferenceEvaluator, content: str, head: str | None, expert: str) -> Numbers:
         def ask() -> Numbers:
             log.info("asking %r once about the items of %s", expert, evaluator.name)
-            self._models.put(expert)
-            return evaluator.observe(self._models.model(head, evaluator.auto_class))
+            before = self._models.recipe
+            self._models.apply(Recipe(models=self._known, root=Leaf(model=expert)))
+            try:
+                return evaluator.observe(self._models.model(head, evaluator.auto_class))
+            finally:
+                if before is not None:
+                    self._models.apply(before)
 
         key = key_of(
             {

@@ -64,7 +64,7 @@ class EvaluationWorker:
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
         self._measures = measures_of(spec, problem, evaluators)
-        references = References(self._models, checkpoints, cache)
+        references = References(self._models, problem.models, cache)
         for measure in self._measures:
             references.provide(measure.evaluator, measure.head)
         self._objectives = [objective.name for objective in problem.axes]

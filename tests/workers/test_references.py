@@ -18,6 +18,7 @@ from tests.jobs import TASKS, write_job
 from workers.evaluators.divergence import Divergence
 from workers.merging.cache import Cache
 from workers.prepare import prepare
+from workers.references import References
 from workers.roots import Roots
 from workers.worker import EvaluationWorker
 
@@ -100,6 +101,17 @@ def test_the_first_candidate_is_not_the_last_expert_that_was_asked(root: Path) -
     one, two = (evaluate(made, spec, [0.5, 0.2]).scores for made in (fresh, used))
     for name in NAMES:
         np.testing.assert_array_equal(one[name].values, two[name].values)
+
+
+def test_asking_leaves_the_merge_that_was_there(root: Path, asked: list[str]) -> None:
+    spec = job(root)
+    made = worker(root, spec)
+    expected = evaluate(made, spec, [0.5, 0.2]).scores[NAMES[0]].values
+    measure = made[0]._measures[0]
+    References(made[0]._models, made[1].models).provide(measure.evaluator, measure.head)
+    assert len(asked) == 3
+    model = made[0]._models.model(measure.head, measure.evaluator.auto_class)
+    np.testing.assert_array_equal(measure.evaluator.evaluate(model)["js_divergence"].values, expected)
 
 
 def test_workers_of_a_machine_ask_once(root: Path, tmp_path: Path, asked: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -79,6 +79,8 @@ class ReferenceEvaluator(Unlabelled):
     evaluates (`workers.references` does so, and keeps the answers). The answers depend on the expert's weights, on what
     `content` digests, on `version`, and on the options but for ``experts`` and ``batch_size``.
     """
+
+    remembered: ClassVar[bool] = False  # other jobs have other experts under the same names
 
     def __init__(self, options: ReferenceOptions, inputs: Inputs, room: int = 0) -> None:
         super().__init__(options, inputs, room)

@@ -49,6 +49,7 @@ class Retrieval(Evaluator):
     }
     auto_class: ClassVar[str] = "AutoModel"
     uses_head: ClassVar[bool] = False
+    remembered: ClassVar[bool] = False  # a query's score depends on the passages of all rows
 
     class Options(EmbeddingOptions):
         """Options of retrieval."""
@@ -74,22 +75,22 @@ class Retrieval(Evaluator):
         if options.corpus == "own":
             corpus.check_own(rows)
         self._positives, self._candidates = corpus.positives, corpus.candidates
-        texts = [options.query_prefix + query for query in queries]
-        self._queries = Embedder(texts, options, inputs, self.config)
-        _check_tokens(self._queries.lengths, range(len(rows)), "query", rows)
-        self._passages = Embedder(
-            [options.passage_prefix + text for text in corpus.texts], options, inputs, self.config
-        )
-        _check_tokens(self._passages.lengths, corpus.rows, "positive", rows)
-        self._chosen = np.arange(len(rows))
+        self._texts = [options.query_prefix + query for query in queries]
+        self._queries = Embedder(self._texts, options, inputs, self.config)
+        _check_tokens(self._queries.lengths, [("query", row) for row in range(len(rows))], rows)
+        passages = [options.passage_prefix + text for text in corpus.texts]
+        self._passages = Embedder(passages, options, inputs, self.config)
+        _check_tokens(self._passages.lengths, corpus.places, rows)
+        self._chosen = list(range(len(rows)))
         self._count()
 
     def subset(self, items: Sequence[int]) -> Self:
         """See `Evaluator.subset`; the corpus stays."""
         part = copy.copy(self)
-        part._chosen = self._chosen[list(items)]
+        part._chosen = [self._chosen[item] for item in items]
         part._items = len(part._chosen)
-        part.digest = digest_of(self._inputs.rows.items[item] for item in part._chosen.tolist())
+        part.digest = digest_of(self._inputs.rows.items[item] for item in part._chosen)
+        part._queries = Embedder([self._texts[item] for item in part._chosen], self.options, self._inputs, self.config)
         part._count()
         return part
 
@@ -97,7 +98,9 @@ class Retrieval(Evaluator):
         """Score an encoder."""
         queries = self._queries.embed(model, cancelled)
         passages = self._passages.embed(model, cancelled)
-        scores = np.array([self._score(queries[item] @ passages.T, int(item)) for item in self._chosen])
+        scores = np.array(
+            [self._score(query @ passages.T, item) for query, item in zip(queries, self._chosen, strict=True)]
+        )
         columns = zip(self.metrics, scores.T.astype(np.float32), strict=True)
         return self.scored({metric: ItemScores(values) for metric, values in columns})
 
@@ -132,23 +135,23 @@ class _Corpus:
 
     Attributes:
         texts: the passages.
-        rows: the row in which each was first seen.
+        places: the role and the row in which each was first seen.
         positives: for each row the numbers of those that answer its query.
         candidates: for each row the numbers of all that it names.
     """
 
     def __init__(self, rows: Rows) -> None:
         self.texts: list[str] = []
-        self.rows: list[int] = []
+        self.places: list[tuple[str, int]] = []
         self._numbers: dict[str, int] = {}
         positives = [_passages(value, row, rows, "positive") for row, value in enumerate(rows.values("positive"))]
         negatives = [
             [] if value is None else _passages(value, row, rows, "negative")
             for row, value in enumerate(rows.optional("negative"))
         ]
-        self.positives = [self._add(texts, row) for row, texts in enumerate(positives)]
+        self.positives = [self._add(texts, "positive", row) for row, texts in enumerate(positives)]
         self.candidates = [
-            np.unique(np.concatenate([self.positives[row], self._add(texts, row)]))
+            np.unique(np.concatenate([self.positives[row], self._add(texts, "negative", row)]))
             for row, texts in enumerate(negatives)
         ]
         for row, texts in enumerate(negatives):
@@ -163,12 +166,12 @@ class _Corpus:
                     "negative", row, "there is no negative passage", remedy="name some, or use the option `corpus: all`"
                 )
 
-    def _add(self, texts: Sequence[str], row: int) -> NDArray[np.int64]:
+    def _add(self, texts: Sequence[str], role: str, row: int) -> NDArray[np.int64]:
         for text in texts:
             if text not in self._numbers:
                 self._numbers[text] = len(self.texts)
                 self.texts.append(text)
-                self.rows.append(row)
+                self.places.append((role, row))
         return np.unique(np.array([self._numbers[text] for text in texts], dtype=np.int64))
 
 
@@ -181,7 +184,7 @@ def _passages(value: Any, row: int, rows: Rows, role: str) -> list[str]:
     return texts
 
 
-def _check_tokens(lengths: NDArray[np.int64], owners: Sequence[int], role: str, rows: Rows) -> None:
-    for length, row in zip(lengths, owners, strict=True):
+def _check_tokens(lengths: NDArray[np.int64], places: Sequence[tuple[str, int]], rows: Rows) -> None:
+    for length, (role, row) in zip(lengths, places, strict=True):
         if not length:
             raise rows.error(role, row, "a text has no tokens")

@@ -61,6 +61,7 @@ class ResidentModels:
 
     Attributes:
         shared: the merged parameters by canonical name; those of a repeated layer are one tensor.
+        recipe: that was applied last; None before the first.
 
     Args:
         checkpoints: ``base`` and the experts by name.
@@ -85,6 +86,7 @@ class ResidentModels:
         self._engine = engine
         self._models: dict[tuple[str | None, str], _Built] = {}
         self._put_aside: list[tuple[tuple[str | None, str], _Built]] = []
+        self.recipe: Recipe | None = None
         self._layers: Sequence[PlannedLayer] | None = None
         self._configs = {name: Configs(checkpoint) for name, checkpoint in checkpoints.items()}
         self._names: dict[str, dict[str, str]] = {}
@@ -108,19 +110,11 @@ class ResidentModels:
         heads = {head for head, _ in self._models} | {None}
         data = {head: self._configs[head or "base"].data(recipe.layers) for head in heads}
         self._engine.apply(recipe, targets)
+        self.recipe = recipe
         self.shared, self._layers = targets, recipe.layers
         for key, built in list(self._models.items()):
             if built.data != data[built.head]:
                 self._put_away(key, self._models.pop(key))
-        self.refresh()
-
-    def put(self, name: str) -> None:
-        """Take a checkpoint's own weights instead of a merge, ``base`` or an expert; heads stay whose they are.
-
-        To be called before the first recipe is applied, or after one that changes no layers.
-        """
-        for tensor in self.layout.shared:
-            self.shared[tensor.name].copy_(self._engine.source(name, tensor, self.device))
         self.refresh()
 
     def refresh(self) -> None:

@@ -161,8 +161,9 @@ def test_a_part_of_the_queries_is_ranked_among_all_passages(bert: Path) -> None:
     assert len(part) == 1
     assert part.digest != whole.digest
     expected = whole.evaluate(model)
+    assert part.tokens < whole.tokens
     for metric, items in part.evaluate(model).items():
-        np.testing.assert_array_equal(items.values, expected[metric].values[[2]])
+        np.testing.assert_allclose(items.values, expected[metric].values[[2]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
