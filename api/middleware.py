@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +24,11 @@ from api.documents import Format, parse_document
 from api.errors import error_view, invalid_request
 from api.settings import Settings
 from api.views import ErrorBody, ErrorView
-from optimizer.errors import Forbidden, InvalidInput, MergeoptError, TooLarge, Unauthorized
+from optimizer.errors import Forbidden, InvalidInput, MergeoptError, TooLarge, TooManyRequests, Unauthorized
 
 log = logging.getLogger(__name__)
 
+SMALLER = "name data by path instead of sending it; the limit is MERGEOPT_MAX_BODY_BYTES"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 DRAIN = 16
 """A body over the limit is read and dropped up to this many times the limit, so that its sender gets to the answer."""
@@ -45,19 +47,19 @@ _YAML_TYPES = frozenset({"application/yaml", "application/x-yaml", "text/yaml", 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def install(app: FastAPI, settings: Settings) -> None:
-    """Put everything in this module around ``app``."""
+def install(app: FastAPI, settings: Settings, remedy: str = SMALLER) -> None:
+    """Put everything in this module around ``app``; ``remedy`` is for bodies that are too large."""
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(BodyReader, limit=settings.max_body_bytes)
+    app.add_middleware(BodyReader, limit=settings.max_body_bytes, remedy=remedy)
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(SecurityHeaders)
 
 
-async def _answer_validation(_: Request, error: Exception) -> JSONResponse:
+async def _answer_validation(request: Request, error: Exception) -> JSONResponse:
     errors = error.errors() if isinstance(error, RequestValidationError) else []
-    return _answer(invalid_request(errors, "see the schema at /api/v1/openapi.json"))
+    return _answer(invalid_request(errors, f"see the schema at {request.app.openapi_url}"))
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
@@ -66,13 +68,17 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     body = ErrorBody(
         code=_CODES.get(status, "invalid_input"),
         message=messages.get(status, str(getattr(error, "detail", "the request cannot be understood"))),
-        remedy="see /api/v1/openapi.json",
+        remedy=f"see {request.app.openapi_url}",
     )
     return JSONResponse(ErrorView(error=body).model_dump(), status, getattr(error, "headers", None))
 
 
 def _answer(error: MergeoptError) -> JSONResponse:
-    headers = {"WWW-Authenticate": 'Bearer realm="mergeopt"'} if isinstance(error, Unauthorized) else None
+    headers = {}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="mergeopt"'
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     return JSONResponse(error_view(error).model_dump(), error.status, headers)
 
 
@@ -179,9 +185,10 @@ class Gate:
 class BodyReader:
     """Reads the body up to the limit, checks it, and hands it on as JSON whatever it was written in."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, remedy: str) -> None:
         self.app = app
         self.limit = limit
+        self.remedy = remedy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application for one request."""
@@ -209,7 +216,7 @@ class BodyReader:
             raise TooLarge(
                 f"the body is larger than {self.limit} bytes",
                 field="body",
-                remedy="name data by path instead of sending it; the limit is MERGEOPT_MAX_BODY_BYTES",
+                remedy=self.remedy,
             )
         return b"".join(chunks)
 

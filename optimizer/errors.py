@@ -7,12 +7,16 @@
     │   ├── InvalidInput          a field of a spec, file or request is wrong         (422)
     │   │   ├── InvalidCheckpoint   a model directory cannot be used
     │   │   ├── InvalidData         a data file or its rows cannot be used
-    │   │   └── PathNotAllowed      a path leads outside the configured roots
+    │   │   ├── PathNotAllowed      a path leads outside the configured roots
+    │   │   └── NotOffered          the owner of the models does not allow it
     │   ├── NotFound              no such job, candidate, token, …                    (404)
     │   ├── Conflict              the present state does not allow it                 (409)
     │   ├── Unauthorized          no token, or a wrong one                            (401)
     │   ├── Forbidden             the request's host or origin is refused              (403)
-    │   └── TooLarge              the body exceeds the limit                          (413)
+    │   │   └── QuotaExhausted      all that a token may spend is spent                 (403)
+    │   ├── Gone                  it has expired                                      (410)
+    │   ├── TooLarge              the body exceeds the limit                          (413)
+    │   └── TooManyRequests       sooner than the rate limit allows                   (429)
     ├── Unavailable               the service or its database cannot be reached now       (503)
     ├── RetryableError            the same evaluation may succeed elsewhere or later
     │   ├── WorkerLost              a worker or its node died
@@ -102,6 +106,12 @@ class PathNotAllowed(InvalidInput):
     code = "path_not_allowed"
 
 
+class NotOffered(InvalidInput):
+    """The owner of the models does not allow it: an operator, a layer plan, a model by itself, a set that is too small."""
+
+    code = "not_offered"
+
+
 class NotFound(UserError):
     """No such thing."""
 
@@ -130,11 +140,36 @@ class Forbidden(UserError):
     status = 403
 
 
+class QuotaExhausted(Forbidden):
+    """All that a token may spend is spent."""
+
+    code = "quota_exhausted"
+
+
+class Gone(UserError):
+    """It has expired, or the server that had it was started anew."""
+
+    code = "gone"
+    status = 410
+
+
 class TooLarge(UserError):
     """The body exceeds the limit."""
 
     code = "too_large"
     status = 413
+
+
+class TooManyRequests(UserError):
+    """Sooner than the rate limit allows.
+
+    Attributes:
+        retry_after_s: seconds after which the same request may succeed.
+    """
+
+    code = "too_many_requests"
+    status = 429
+    retry_after_s: float = 1.0
 
 
 class Unavailable(MergeoptError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from optimizer.errors import InputsChanged, InvalidCheckpoint, InvalidInput
-from optimizer.spec import JobSpec
+from optimizer.spec import Expert, JobSpec, ModelRef
 from workers.roots import Roots
 from workers.safetensors_header import BROKEN, TensorEntry, no_doubles, read_header
 from workers.system import will_need
@@ -238,11 +238,16 @@ def open_checkpoints(spec: JobSpec, roots: Roots) -> dict[str, Checkpoint]:
     """
     if spec.base is None:
         raise InvalidInput("the job has no checkpoints", field="base", remedy="name a base and experts")
-    base = open_checkpoint(roots.resolve(spec.base, "base"), "base", "base")
-    out = {"base": base}
-    for number, expert in enumerate(spec.experts):
+    return open_models(spec.base, spec.experts, roots)
+
+
+def open_models(base: ModelRef, experts: Sequence[Expert], roots: Roots) -> dict[str, Checkpoint]:
+    """Open a base and experts; see `open_checkpoints`."""
+    opened = open_checkpoint(roots.resolve(base, "base"), "base", "base")
+    out = {"base": opened}
+    for number, expert in enumerate(experts):
         field = f"experts.{number}"
-        out[expert.name] = open_checkpoint(roots.resolve(expert, field), expert.name, field, base)
+        out[expert.name] = open_checkpoint(roots.resolve(expert, field), expert.name, field, opened)
     return out
 
 

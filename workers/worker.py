@@ -47,7 +47,7 @@ class EvaluationWorker:
 
     def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str, *, cache: Cache | None = None) -> None:
         self._name = name
-        device = _device(spec.workers)
+        device = device_of(spec.workers)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
         checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
         evaluators = make_evaluators(spec, roots, checkpoints)
@@ -131,7 +131,8 @@ def _check_inputs(problem: Problem, checkpoints: Mapping[str, Checkpoint], evalu
     check_data(problem, evaluators)
 
 
-def _device(workers: Workers) -> torch.device:
+def device_of(workers: Workers) -> torch.device:
+    """Return where a worker's models live; raises `InvalidInput` where a GPU is asked for and there is none."""
     wanted = workers.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InvalidInput(

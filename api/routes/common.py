@@ -14,10 +14,12 @@ from api.views import ErrorBody, ErrorView
 from optimizer.errors import (
     Conflict,
     Forbidden,
+    Gone,
     InvalidInput,
     MergeoptError,
     NotFound,
     TooLarge,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
 )
@@ -42,6 +44,8 @@ _EXAMPLES: dict[type[MergeoptError], MergeoptError] = {
     Conflict: Conflict("the job has ended", remedy="clone it to go on"),
     Unauthorized: Unauthorized("a token is needed", remedy="make a token with `mergeopt token create NAME`"),
     Forbidden: Forbidden("requests from other sites are refused", field="Origin"),
+    Gone: Gone("the session has ended, or there never was one", field="session", remedy="open another one"),
+    TooManyRequests: TooManyRequests("more than 600 requests a minute", remedy="wait as long as Retry-After says"),
     TooLarge: TooLarge("the body is larger than 1048576 bytes", field="body"),
     Unavailable: Unavailable("the database cannot be reached", remedy="see the service's log"),
 }
