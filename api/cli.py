@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from api.commands import files, jobs, service
+from api.commands import endpoint, files, jobs, service
 from api.commands.common import ErrorGroup
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     add_completion=False,
 )
-token = typer.Typer(help="Access tokens of the service on this machine.", no_args_is_help=True)
+token = typer.Typer(help="Access tokens of the service, or of the endpoint, on this machine.", no_args_is_help=True)
 db = typer.Typer(help="The run store's database.", no_args_is_help=True)
 
 _SERVICE, _JOBS, _FILES = "The service", "Jobs", "Recipes and files"
@@ -24,6 +24,7 @@ app.command(rich_help_panel=_SERVICE)(service.serve)
 app.command(rich_help_panel=_SERVICE)(service.api)
 app.command(rich_help_panel=_SERVICE)(service.controller)
 app.command(rich_help_panel=_SERVICE)(service.run)
+app.command(rich_help_panel=_SERVICE)(endpoint.endpoint)
 app.command(rich_help_panel=_SERVICE)(service.demo)
 app.command(rich_help_panel=_SERVICE)(service.version)
 app.add_typer(token, name="token", rich_help_panel=_SERVICE)

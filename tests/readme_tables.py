@@ -1,16 +1,22 @@
-"""The README's tables, made from the code. `python -m tests.readme_tables` (`make readme`) writes them anew."""
+"""The README's tables and the endpoint's OpenAPI file, made from the code.
+
+`python -m tests.readme_tables` (`make readme`) writes them anew.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import typer
+from fastapi import FastAPI
 from typer.core import TyperArgument, TyperGroup
 
-from api.app import create_app
+from api.app import create_app, route_table
 from api.cli import app as cli
+from api.endpoint.app import create_endpoint_app
 from api.settings import Settings, settings_table
 from api.store.sql import SqlStore
 from optimizer.algorithms import ALGORITHMS, Algorithm
@@ -21,6 +27,9 @@ from workers.evaluators.base import EVALUATORS
 from workers.merging.operator import OPERATORS
 
 README = Path(__file__).parents[1] / "README.md"
+ENDPOINT = README.parent / "api" / "endpoint"
+ENDPOINT_PAGE = ENDPOINT / "README.md"
+ENDPOINT_OPENAPI = ENDPOINT / "openapi.json"
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -31,13 +40,22 @@ def settings() -> str:
 
 def routes() -> str:
     """REST routes with their summaries."""
-    paths = create_app(SqlStore("sqlite:///unused.db"), Settings(), inspect=_nothing).openapi()["paths"]
-    rows = [
-        (f"`{method.upper()} {path}`", operation["summary"])
-        for path, operations in paths.items()
-        for method, operation in operations.items()
-    ]
+    return _routes(create_app(SqlStore("sqlite:///unused.db"), Settings(), inspect=_nothing))
+
+
+def endpoint_routes() -> str:
+    """Routes of the merge-and-score endpoint with their summaries."""
+    return _routes(create_endpoint_app(None, Settings()))
+
+
+def _routes(app: FastAPI) -> str:
+    rows = ((f"`{method} {path}`", summary) for method, path, summary in route_table(app))
     return _table(("route", "what it does"), rows)
+
+
+def endpoint_openapi() -> str:
+    """The OpenAPI document of the merge-and-score protocol, as its file has it."""
+    return json.dumps(create_endpoint_app(None, Settings()).openapi(), indent=1, ensure_ascii=False) + "\n"
 
 
 def commands() -> str:
@@ -95,7 +113,8 @@ def evaluators() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (settings, routes, commands, algorithms, spaces, operators, evaluators)
+    table.__name__: table
+    for table in (settings, routes, endpoint_routes, commands, algorithms, spaces, operators, evaluators)
 }
 
 
@@ -129,4 +148,6 @@ def _code(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (README, ENDPOINT_PAGE):
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+    ENDPOINT_OPENAPI.write_text(endpoint_openapi(), encoding="utf-8")

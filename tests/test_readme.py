@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from api.documents import parse_document
+from api.endpoint.offer import parse_offer
 from optimizer.algorithms.base import parse_options
 from optimizer.spec import parse_spec
-from tests.readme_tables import README, TABLES, render
+from tests.readme_tables import ENDPOINT_OPENAPI, ENDPOINT_PAGE, README, TABLES, endpoint_openapi, render
 from workers.evaluators.base import parse_evaluator
 from workers.merging.operator import operator_info, parse_operator_options
 
 
 def test_every_table_is_there_and_current() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert set(re.findall(r"<!-- table: (\w+) -->", text)) == set(TABLES)
-    assert render(text) == text, "run `make readme`"
+    texts = [page.read_text(encoding="utf-8") for page in (README, ENDPOINT_PAGE)]
+    assert sorted(re.findall(r"<!-- table: (\w+) -->", "".join(texts))) == sorted(TABLES)
+    assert [render(text) for text in texts] == texts, "run `make readme`"
+
+
+def test_the_endpoints_openapi_file_is_current() -> None:
+    assert ENDPOINT_OPENAPI.read_text(encoding="utf-8") == endpoint_openapi(), "run `make readme`"
 
 
 def test_the_make_targets_it_names_exist() -> None:
@@ -45,3 +51,19 @@ def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))
 def test_the_files_it_links_to_exist(link: str) -> None:
     assert (README.parent / link).exists()
+
+
+def test_the_endpoints_page_offers_what_can_be_offered() -> None:
+    text = ENDPOINT_PAGE.read_text(encoding="utf-8")
+    offer = parse_offer(parse_document(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0], "yaml", "offer"))
+    assert offer.uploads is not None
+    documented = set(re.findall(r"^\| (\d{3}) \| `(\w+)`", text, re.MULTILINE))
+    statuses = {
+        (status, example["error"]["code"])
+        for operations in json.loads(endpoint_openapi())["paths"].values()
+        for operation in operations.values()
+        for status, response in operation["responses"].items()
+        if (example := response.get("content", {}).get("application/json", {}).get("example", {}))
+        and "error" in example
+    }
+    assert {status for status, _ in documented} == {status for status, _ in statuses} - {"500"}

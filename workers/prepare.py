@@ -13,7 +13,7 @@ from optimizer.phases import fields_of, plan
 from optimizer.problem import OperatorInfo, PlannedPhase, Problem, ResolvedObjective
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space, named_operators
-from optimizer.spec import JobSpec, MergeSpec, Objective, RangeVariable
+from optimizer.spec import DataSpec, JobSpec, MergeSpec, Objective, RangeVariable
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
@@ -92,7 +92,7 @@ def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Check
     for number, objective in enumerate(spec.objectives):
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
-        rows = _rows(objective, cls, roots, field)
+        rows = read_rows(objective.data, cls, roots, field)
         model_dir = checkpoints[objective.head or "base"].path if checkpoints else Path()
         evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
         check_experts(evaluators[-1], [expert.name for expert in spec.experts], field)
@@ -127,8 +127,18 @@ def _resolved(spec: JobSpec, evaluators: Sequence[Evaluator]) -> list[ResolvedOb
     ]
 
 
-def _rows(objective: Objective, cls: type[Evaluator], roots: Roots, field: str) -> Rows:
-    data = objective.data
+def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: str) -> Rows:
+    """Read the rows that an evaluator measures on; none where it brings its own.
+
+    Args:
+        data: where they are.
+        cls: the evaluator.
+        roots: where data may be.
+        field: dotted path of what names them: ``objectives.0``.
+
+    Raises:
+        InvalidInput, InvalidData: there must be data and are none, or the other way round; see `load_rows`.
+    """
     if cls.own_items and data is not None:
         raise InvalidInput(
             f"{cls.name} brings its own items", field=f"{field}.data", remedy="leave the data out; see its options"

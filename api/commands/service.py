@@ -21,6 +21,7 @@ from optimizer.spec import parse_spec
 
 if TYPE_CHECKING:
     from api.store.sql import SqlStore
+    from api.store.tokens import Tokens
 
 _DAY_S = 24 * 3600
 
@@ -42,6 +43,9 @@ Pool = Annotated[Literal["ray", "local"] | None, _option("--pool", "pool")]
 RayAddress = Annotated[str | None, _option("--ray-address", "ray_address")]
 MaxJobs = Annotated[int | None, _option("--max-jobs", "max_jobs")]
 Level = Annotated[LogLevel | None, _option("--log-level", "log_level")]
+OfEndpoint = Annotated[
+    bool, typer.Option("--endpoint", help="For the merge-and-score endpoint, which has tokens of its own.")
+]
 
 
 def serve(
@@ -73,7 +77,7 @@ def serve(
         max_jobs=max_jobs,
         log_level=log_level,
     )
-    _log_to_terminal(settings)
+    log_to_terminal(settings)
     _announce(settings)
     from api import service
 
@@ -102,7 +106,7 @@ def api(
         require_token=require_token,
         log_level=log_level,
     )
-    _log_to_terminal(settings)
+    log_to_terminal(settings)
     _announce(settings)
     from api import service
 
@@ -131,7 +135,7 @@ def controller(
         max_jobs=max_jobs,
         log_level=log_level,
     )
-    _log_to_terminal(settings)
+    log_to_terminal(settings)
     from api import service
 
     with _database_errors():
@@ -156,7 +160,7 @@ def run(
         log_level="warning",
     )
     spec = parse_spec(read_document(file))
-    _log_to_terminal(settings)
+    log_to_terminal(settings)
     from api import service
 
     with _open_store(settings) as store, LiveJob(out(), store.get_job) as live:
@@ -185,30 +189,32 @@ def create_token(
     days: Annotated[
         float | None, typer.Option("--days", help="Days until it expires; never by default.", min=0, show_default=False)
     ] = None,
+    endpoint: OfEndpoint = False,
     home: Home = None,
     database_url: Database = None,
 ) -> None:
     """Make an access token and print its secret, which is shown this once."""
-    with _open_store(load_settings(home=home, database_url=database_url)) as store:
+    with _open_tokens(load_settings(home=home, database_url=database_url), endpoint) as store:
         _, secret = store.create_token(name, None if days is None else days * _DAY_S)
     typer.echo(secret)
     err().print("this secret is not kept: store it now; clients take it from MERGEOPT_TOKEN", style="dim")
 
 
-def list_tokens(home: Home = None, database_url: Database = None) -> None:
+def list_tokens(endpoint: OfEndpoint = False, home: Home = None, database_url: Database = None) -> None:
     """List access tokens, without their secrets."""
-    with _open_store(load_settings(home=home, database_url=database_url)) as store:
+    with _open_tokens(load_settings(home=home, database_url=database_url), endpoint) as store:
         tokens = store.list_tokens()
     out().print(tokens_table(tokens) if tokens else "no tokens")
 
 
 def revoke_token(
     token_id: Annotated[int, typer.Argument(metavar="ID", help="As `token list` shows it.", show_default=False)],
+    endpoint: OfEndpoint = False,
     home: Home = None,
     database_url: Database = None,
 ) -> None:
     """Revoke an access token."""
-    with _open_store(load_settings(home=home, database_url=database_url)) as store:
+    with _open_tokens(load_settings(home=home, database_url=database_url), endpoint) as store:
         store.delete_token(token_id)
     out().print(f"token {token_id} revoked")
 
@@ -264,6 +270,22 @@ def _open_store(settings: Settings) -> Iterator[SqlStore]:
 
 
 @contextmanager
+def _open_tokens(settings: Settings, endpoint: bool) -> Iterator[Tokens]:
+    if not endpoint:
+        with _open_store(settings) as service_store:
+            yield service_store
+        return
+    from api.endpoint.store import EndpointStore, endpoint_home
+
+    with _database_errors():
+        store = EndpointStore(endpoint_home(settings))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
 def _database_errors() -> Iterator[None]:
     """Turn what the database driver and Alembic raise into our errors: one clear line instead of a traceback."""
     from alembic.util import CommandError
@@ -278,7 +300,8 @@ def _database_errors() -> Iterator[None]:
         raise Unavailable(f"the database cannot be used: {reason}", field="MERGEOPT_DATABASE_URL") from error
 
 
-def _log_to_terminal(settings: Settings) -> None:
+def log_to_terminal(settings: Settings) -> None:
+    """Show the log where the command was given."""
     logging.basicConfig(
         level=settings.log_level.upper(),
         format="%(message)s",

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
 from api import middleware
@@ -23,6 +23,7 @@ from api.routes.common import answers, open_answers
 from api.settings import Settings
 from optimizer.errors import (
     Conflict,
+    Forbidden,
     Gone,
     InvalidInput,
     NotFound,
@@ -50,9 +51,9 @@ _DESCRIPTION = """
 Models that stay with their owner: a client describes merges of them as recipes, the server merges and scores.
 
 Read the repository, open a session, upload a query set where the owner allows it (or use one of the owner's), materialise
-candidates and evaluate them. Evaluations are asked for with `POST` and, while they are under way, again with `GET`; both wait
-for a while. All requests may be repeated: the same recipe, set and evaluation have the same id, are computed once and paid
-for once. Every error has the same shape (`ErrorView`); `too_many_requests` says in `Retry-After` when to come again.
+candidates and evaluate them. Evaluations are asked for with `POST` and, while they are under way, again with `GET`; both
+wait for a while. All requests may be repeated: the same recipe, set and evaluation have the same id, are computed once and
+paid for once. Every error has the same shape (`ErrorView`); `too_many_requests` says in `Retry-After` when to come again.
 """
 _TAGS = [
     {"name": "repository", "description": "What the owner offers."},
@@ -62,7 +63,9 @@ _TAGS = [
 ]
 _REMEDY = "ask the owner for a token, and send it as `Authorization: Bearer TOKEN`"
 
-bearer = HTTPBearer(auto_error=False, description="A token that the owner made with `mergeopt token create --endpoint`.")
+bearer = HTTPBearer(
+    auto_error=False, description="A token that the owner made with `mergeopt token create --endpoint`."
+)
 router = APIRouter(prefix=PREFIX)
 SessionId = Annotated[
     str, Path(description="The session's id.", pattern=r"^[\w-]{1,64}$", examples=["pX3c9a52e1b04d68fQ0uZ1yT2vR7wK4b"])
@@ -238,7 +241,15 @@ def upload_set(desk: Served, caller: Asking, session: SessionId, upload: SetUplo
     summary="Materialise a candidate",
     response_description="Its fingerprint, by which evaluations name it.",
     responses=answers(
-        Conflict, Gone, InvalidInput, NotFound, TooLarge, TooManyRequests, Unavailable, example=examples.CANDIDATE, status=201
+        Conflict,
+        Gone,
+        InvalidInput,
+        NotFound,
+        TooLarge,
+        TooManyRequests,
+        Unavailable,
+        example=examples.CANDIDATE,
+        status=201,
     ),
 )
 def materialise(desk: Served, caller: Asking, session: SessionId, upload: CandidateUpload) -> CandidateView:
@@ -251,9 +262,7 @@ def materialise(desk: Served, caller: Asking, session: SessionId, upload: Candid
     tags=["evaluations"],
     summary="Evaluate a candidate",
     response_description="The scores.",
-    responses=answers(
-        Gone, InvalidInput, NotFound, TooLarge, TooManyRequests, Unavailable, example=examples.EVALUATION
-    )
+    responses=answers(Gone, InvalidInput, NotFound, TooLarge, TooManyRequests, Unavailable, example=examples.EVALUATION)
     | {202: {"model": EvaluationView, "description": "It is under way: ask for it by its id."}},
 )
 async def evaluate(
@@ -310,7 +319,7 @@ def cancel_evaluation(desk: Served, caller: Asking, session: SessionId, evaluati
     tags=["service"],
     summary="Is the process alive?",
     response_description="It is.",
-    responses=open_answers(example={"status": "ok"}),
+    responses=open_answers(Forbidden, example={"status": "ok"}),
 )
 def get_health() -> dict[str, str]:
     """Answer, without a token."""

@@ -134,7 +134,9 @@ class Desk:
             if name in session.evaluations and not session.evaluations[name].over:
                 return session.evaluations[name]
             if self._sessions.under_way(caller.id) >= self.limits.in_flight:
-                raise TooManyRequests(f"{self.limits.in_flight} evaluations are under way", remedy="wait for one of them")
+                raise TooManyRequests(
+                    f"{self.limits.in_flight} evaluations are under way", remedy="wait for one of them"
+                )
             self.store.charge(caller.id, keys, self.limits)
         self._record(
             "evaluation.begin",
@@ -180,12 +182,12 @@ class Desk:
         if items is None:
             return
         if len(set(items)) != len(items) or min(items) < 0 or max(items) >= found.view.items:
-            raise InvalidInput(
-                f"the positions must be different ones from 0 to {found.view.items - 1}", field=field
-            )
+            raise InvalidInput(f"the positions must be different ones from 0 to {found.view.items - 1}", field=field)
         if len(items) < min(self.repository.offer.min_items, found.view.items):
             raise NotOffered(
-                f"{len(items)} items are too few", field=field, remedy=f"ask for {self.repository.offer.min_items} or more"
+                f"{len(items)} items are too few",
+                field=field,
+                remedy=f"ask for {self.repository.offer.min_items} or more",
             )
 
     def _record(self, action: str, caller: Caller, session: Session, **entry: object) -> None:

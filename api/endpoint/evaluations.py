@@ -321,21 +321,23 @@ def _attempt(
         if called_off():
             return _failed("cancelled", "the evaluation was called off", lasting=False)
         scores = scorer.score(fingerprint, recipe, piece.found, piece.items, called_off)
-    except RetryableError:
-        return _failed("cancelled", "the evaluation was called off", lasting=False)
-    except (InfeasibleCandidate, UserError) as error:
-        return _failed(error.code, str(error), lasting=True)
-    except InputsChanged:
-        log.exception("a model was changed while it was in use")
-        return _failed("inputs_changed", "the owner's models were changed while they were in use", lasting=False)
-    except torch.OutOfMemoryError:
-        log.exception("out of memory")
-        return _failed("out_of_memory", "the candidate does not fit into the owner's memory", lasting=False)
-    except Exception:
-        log.exception("candidate %s could not be evaluated", fingerprint)
-        return _failed("evaluation_failed", "the candidate could not be evaluated", lasting=False)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it costs this candidate, not the server
+        return _failure(fingerprint, error)
     cost = CostView(items=scores.cost.items, tokens=scores.cost.tokens)
     return Outcome({metric: write_scores(found, True, None) for metric, found in scores.items()}, cost=cost)
+
+
+def _failure(fingerprint: str, error: Exception) -> Outcome:
+    if isinstance(error, RetryableError):
+        return _failed("cancelled", "the evaluation was called off", lasting=False)
+    if isinstance(error, InfeasibleCandidate | UserError):
+        return _failed(error.code, str(error), lasting=True)
+    log.error("candidate %s could not be evaluated", fingerprint, exc_info=error)
+    if isinstance(error, InputsChanged):
+        return _failed(error.code, "the owner's models were changed while they were in use", lasting=False)
+    if isinstance(error, torch.OutOfMemoryError):
+        return _failed("out_of_memory", "the candidate does not fit into the owner's memory", lasting=False)
+    return _failed("evaluation_failed", "the candidate could not be evaluated", lasting=False)
 
 
 def _failed(code: str, message: str, *, lasting: bool) -> Outcome:

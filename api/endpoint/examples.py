@@ -68,7 +68,10 @@ REPOSITORY = RepositoryView(
 )
 GRAMS = Grams.pack([0, 147_456], np.array([[[3.0, 2.5], [2.5, 3.5]]]))
 SESSION = SessionView(
-    id="pX3c9a52e1b04d68fQ0uZ1yT2vR7wK4b", expires_at=datetime(2026, 1, 15, 10, 30, tzinfo=UTC), sets=[SET], candidates=1
+    id="pX3c9a52e1b04d68fQ0uZ1yT2vR7wK4b",
+    expires_at=datetime(2026, 1, 15, 10, 30, tzinfo=UTC),
+    sets=[SET],
+    candidates=1,
 )
 CANDIDATE = CandidateView(fingerprint="c4" * 32)
 EVALUATION = EvaluationView(

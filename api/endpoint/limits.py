@@ -1,4 +1,4 @@
-"""Rate limits: a bucket of requests for each token, filled at a constant rate."""
+"""What each token may do, and the rate limit: a bucket of requests for each token, filled at a constant rate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,29 @@ import time
 from collections.abc import Callable
 from threading import Lock
 
+from pydantic import Field
+
 from optimizer.errors import TooManyRequests
+from optimizer.spec import Strict
+
+
+class Limits(Strict):
+    """What each token may do."""
+
+    requests_per_minute: int = Field(default=600, ge=1, description="Requests, in the long run; as many at once.")
+    evaluations: int | None = Field(
+        default=10_000, ge=1, description="Evaluations of a candidate on a set, in all; null for any number."
+    )
+    items: int | None = Field(default=None, ge=1, description="Items of all evaluations together; null for any number.")
+    in_flight: int = Field(default=8, ge=1, le=1000, description="Evaluations under way at once.")
+    sessions: int = Field(default=4, ge=1, le=1000, description="Sessions that are open at once.")
+    session_ttl_s: float = Field(
+        default=3600, gt=0, le=30 * 86400, description="A session ends so long after its last use."
+    )
+    candidates: int = Field(default=10_000, ge=1, description="Materialised candidates kept in a session, the newest.")
+    body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="Largest request body.")
+    numbers: int = Field(default=100_000, ge=1, description="Most coefficients and options in the tables of a recipe.")
+    nodes: int = Field(default=64, ge=1, description="Most merges in a recipe.")
 
 
 class RateLimit:

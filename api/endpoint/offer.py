@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from api.endpoint.limits import Limits
 from optimizer.errors import InvalidCheckpoint, InvalidInput, from_validation
 from optimizer.spec import USUAL_HEADS, DataSpec, Expert, ModelRef, Name, Strict, Workers
 from workers.checkpoints import ADAPTER_CONFIG
@@ -25,7 +26,7 @@ class OwnSet(Strict):
     name: Name = Field(description="How clients call it.", examples=["language"])
     evaluator: str = Field(description="Kind of measure.", examples=["text_classification"])
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the evaluator.")
-    data: DataSpec = Field(description="The items.")
+    data: DataSpec | None = Field(default=None, description="The items, unless the evaluator brings its own.")
     head: str | None = Field(default=None, description="Name of the expert whose head is used.")
 
 
@@ -36,7 +37,9 @@ class UploadRules(Strict):
         default=UPLOADABLE, min_length=1, description="Kinds of measures; their items must be plain text and numbers."
     )
     min_items: int = Field(
-        default=32, ge=1, description="Fewest items: scores on single items of their choice tell clients most of a model."
+        default=32,
+        ge=1,
+        description="Fewest items: scores on single items of their choice tell clients most of a model.",
     )
     max_items: int = Field(default=10_000, ge=1, le=1_000_000, description="Most items of a set.")
     sets: int = Field(default=8, ge=1, le=1000, description="Most sets in a session.")
@@ -46,23 +49,6 @@ class UploadRules(Strict):
         if self.min_items > self.max_items:
             raise ValueError("min_items: it must not be above `max_items`")
         return self
-
-
-class Limits(Strict):
-    """What each token may do."""
-
-    requests_per_minute: int = Field(default=600, ge=1, description="Requests, in the long run; as many at once.")
-    evaluations: int | None = Field(
-        default=10_000, ge=1, description="Evaluations of a candidate on a set, in all; null for any number."
-    )
-    items: int | None = Field(default=None, ge=1, description="Items of all evaluations together; null for any number.")
-    in_flight: int = Field(default=8, ge=1, le=1000, description="Evaluations under way at once.")
-    sessions: int = Field(default=4, ge=1, le=1000, description="Sessions that are open at once.")
-    session_ttl_s: float = Field(default=3600, gt=0, le=30 * 86400, description="A session ends so long after its last use.")
-    candidates: int = Field(default=10_000, ge=1, description="Materialised candidates kept in a session, the newest.")
-    body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, description="Largest request body.")
-    numbers: int = Field(default=100_000, ge=1, description="Most coefficients and options in the tables of a recipe.")
-    nodes: int = Field(default=64, ge=1, description="Most merges in a recipe.")
 
 
 class Offer(Strict):
@@ -172,7 +158,9 @@ def _inside(text: str, directory: Path, field: str) -> Iterator[Expert]:
 def _models_in(directory: Path) -> Sequence[Path]:
     if _is_model(directory):
         return [directory]
-    return sorted(path for path in directory.iterdir() if path.is_dir() and _is_model(path)) if directory.is_dir() else []
+    return (
+        sorted(path for path in directory.iterdir() if path.is_dir() and _is_model(path)) if directory.is_dir() else []
+    )
 
 
 def _is_model(path: Path) -> bool:

@@ -22,7 +22,7 @@ from optimizer.recipe import ModelId, Recipe, canonical_json
 from optimizer.spec import ModelRef
 from workers.checkpoints import Checkpoint, open_models
 from workers.compatibility import inspect, raise_on_errors
-from workers.data import Rows, digest_of, load_rows
+from workers.data import Rows, digest_of
 from workers.endpoint.protocol import (
     PROTOCOL,
     LimitsView,
@@ -42,7 +42,8 @@ from workers.merging.engine import MergeEngine
 from workers.merging.operator import OPERATORS, operator_info
 from workers.merging.resident import ResidentModels
 from workers.policy import Policy
-from workers.roots import Roots
+from workers.prepare import read_rows
+from workers.roots import NOTHING, Roots
 from workers.worker import device_of
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class Repository:
             if known in self._prepared:
                 self._prepared.move_to_end(known)
                 return self._prepared[known]
-        made = self._query_set(None, upload, rows, UPLOADED)
+        made = self._query_set(None, upload, rows, UPLOADED, NOTHING)  # whatever the server allows its owner
         with self._lock:
             self._prepared[known] = made
             while len(self._prepared) > PREPARED:
@@ -218,20 +219,22 @@ class Repository:
 
     def _own_set(self, own: OwnSet, number: int, roots: Roots) -> QuerySet:
         where = f"sets.{number}"
-        rows = load_rows(own.data, roots.path(own.data.path, f"{where}.data.path"), f"{where}.data")
-        return self._query_set(own.name, own, rows, where)
+        cls, _ = find_evaluator(own.evaluator, own.options, where)
+        return self._query_set(own.name, own, read_rows(own.data, cls, roots, where), where, roots.policy)
 
-    def _query_set(self, name: str | None, wanted: OwnSet | SetUpload, rows: Rows, where: str) -> QuerySet:
+    def _query_set(
+        self, name: str | None, wanted: OwnSet | SetUpload, rows: Rows, where: str, policy: Policy
+    ) -> QuerySet:
         """Read and tokenise items; they are called by their digest where they have no name."""
         cls, options = find_evaluator(wanted.evaluator, wanted.options, where)
         self._check_head(cls, wanted.head, f"{where}.head")
         model_dir = self.checkpoints[wanted.head or "base"].path
-        made = cls(options, Inputs(rows=rows, model_dir=model_dir, field=where, policy=Policy()))
+        made = cls(options, Inputs(rows, model_dir, where, policy))
         digest = self._digest(wanted.evaluator, wanted.options, wanted.head, rows)
         view = SetView(
             name=name or digest,
             evaluator=wanted.evaluator,
-            metrics=made.metrics,
+            metrics=dict(made.metrics),
             items=len(made),
             digest=digest,
             head=wanted.head,
@@ -264,7 +267,9 @@ class Repository:
         rules = self.offer.uploads
         if rules is None:
             return None
-        found = [find_evaluator(name, {}, f"uploads.evaluators.{number}")[0] for number, name in enumerate(rules.evaluators)]
+        found = [
+            find_evaluator(name, {}, f"uploads.evaluators.{number}")[0] for number, name in enumerate(rules.evaluators)
+        ]
         return UploadView(
             evaluators=[cls.info() for cls in found],
             min_items=rules.min_items,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Lock
 
 from api.endpoint.evaluations import Evaluation
-from api.endpoint.offer import Limits
+from api.endpoint.limits import Limits
 from api.endpoint.repository import QuerySet
 from optimizer.errors import Gone, NotFound, NotOffered, TooManyRequests
 from optimizer.recipe import Recipe

@@ -15,7 +15,8 @@ from sqlalchemy import JSON, Double, Integer, LargeBinary, String, delete, func,
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from api.endpoint.offer import Limits
+from api.endpoint.limits import Limits
+from api.settings import Settings
 from api.store.columns import UtcDateTime, utc_now
 from api.store.models import TokenRow
 from api.store.tokens import Tokens
@@ -27,6 +28,15 @@ KEPT = 200_000
 
 PRUNED_EVERY = 1000
 """New results after which the oldest are looked for."""
+
+
+HOME = "endpoint"
+"""Directory below the service's home where an endpoint keeps what it knows."""
+
+
+def endpoint_home(settings: Settings) -> Path:
+    """Return where the endpoint keeps its database and its audit log."""
+    return settings.home / HOME
 
 
 class Base(DeclarativeBase):
@@ -134,6 +144,4 @@ def _spent(session: Session, token: int) -> UsageView:
 
 def _check(wanted: int, most: int | None, what: str) -> None:
     if most is not None and wanted > most:
-        raise QuotaExhausted(
-            f"this token's {most} {what} are used up", field="token", remedy="ask the owner for more"
-        )
+        raise QuotaExhausted(f"this token's {most} {what} are used up", field="token", remedy="ask the owner for more")

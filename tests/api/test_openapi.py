@@ -17,6 +17,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from api.app import create_app, route_table
+from api.endpoint.app import create_endpoint_app
 from api.settings import Settings
 from api.store.sql import SqlStore
 from api.views import JobView
@@ -25,11 +26,16 @@ from tests.api.conftest import Service, inspect_spec
 from tests.factories import make_spec
 
 DOCUMENT = create_app(SqlStore("sqlite:///unused.db"), Settings(), inspect_spec).openapi()
+DOCUMENTS = [DOCUMENT, create_endpoint_app(None, Settings()).openapi()]
 OPERATIONS = [
     pytest.param(method, path, operation, id=operation["operationId"])
-    for path, operations in DOCUMENT["paths"].items()
+    for document in DOCUMENTS
+    for path, operations in document["paths"].items()
     for method, operation in operations.items()
 ]
+SCHEMAS: dict[str, Any] = {}
+for document in DOCUMENTS:
+    SCHEMAS |= document["components"]["schemas"]
 OPEN = {"get_health", "get_ready", "get_version"}
 
 few, many = (schemathesis.openapi.from_dict(DOCUMENT) for _ in range(2))
@@ -107,19 +113,20 @@ def test_every_operation_has_examples(method: str, path: str, operation: dict[st
         assert success["content"]["application/json"]["example"]
     body = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if body is not None:
-        of_model = DOCUMENT["components"]["schemas"][body["schema"]["$ref"].rsplit("/", 1)[-1]]["properties"]
+        of_model = SCHEMAS[body["schema"]["$ref"].rsplit("/", 1)[-1]]["properties"]
         assert body.get("examples") or any("examples" in field for field in of_model.values())
     for parameter in operation.get("parameters", []):
         assert parameter["in"] != "path" or parameter["example" if "example" in parameter else "schema"]
 
 
-def test_operation_ids_are_unique() -> None:
-    ids = [operation["operationId"] for operations in DOCUMENT["paths"].values() for operation in operations.values()]
+@pytest.mark.parametrize("document", DOCUMENTS, ids=["service", "endpoint"])
+def test_operation_ids_are_unique(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
     assert len(ids) == len(set(ids))
 
 
 def test_nothing_of_the_frameworks_own_error_shape_is_left() -> None:
-    assert "HTTPValidationError" not in DOCUMENT["components"]["schemas"]
+    assert "HTTPValidationError" not in SCHEMAS
 
 
 def test_the_example_spec_is_valid() -> None:

@@ -160,13 +160,33 @@ class SessionView(Answer):
 class CandidateUpload(Strict):
     """A candidate to materialise."""
 
-    recipe: dict[str, Any] = Field(description="A recipe over the repository's models, as canonical JSON.")
+    recipe: dict[str, Any] = Field(
+        description="A recipe over the repository's models, as canonical JSON.",
+        examples=[
+            {
+                "format": 1,
+                "models": {
+                    "base": {"ref": {"path": "base"}, "digest": "a0" * 32},
+                    "german": {"ref": {"path": "german"}, "digest": "a1" * 32},
+                },
+                "root": {
+                    "operator": "task_arithmetic",
+                    "base": {"model": "base"},
+                    "inputs": [{"model": "german"}],
+                    "groups": [{"positions": [0, 1]}, {"positions": [2, 3]}],
+                    "coefficients": [[0.4], [0.7]],
+                },
+            }
+        ],
+    )
 
 
 class CandidateView(Answer):
     """A materialised candidate."""
 
-    fingerprint: str = Field(pattern=Digest, description="SHA-256 of the canonical recipe: the same recipe has the same.")
+    fingerprint: str = Field(
+        pattern=Digest, description="SHA-256 of the canonical recipe: the same recipe has the same."
+    )
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------
@@ -177,7 +197,10 @@ class Part(Strict):
 
     set: str = Field(max_length=100, description="Name of a set of the owner's, or digest of an uploaded one.")
     items: list[int] | None = Field(
-        default=None, min_length=1, description="Positions in the set, each once; all items by default."
+        default=None,
+        min_length=1,
+        description="Positions in the set, each once; all items by default.",
+        examples=[[0, 1, 2]],
     )
 
 
@@ -185,7 +208,9 @@ class EvaluationRequest(Strict):
     """A candidate to evaluate on one or several sets, with one merge."""
 
     candidate: str = Field(pattern=Digest, description="Fingerprint of a candidate that was materialised.")
-    parts: list[Part] = Field(min_length=1, max_length=64)
+    parts: list[Part] = Field(
+        min_length=1, max_length=64, description="What it is evaluated on.", examples=[[{"set": "language"}]]
+    )
 
 
 class MetricScores(Answer):
