@@ -35,15 +35,14 @@ from workers.endpoint.protocol import (
     UploadView,
     UsageView,
 )
-from workers.evaluators.base import Evaluator, Inputs, Scores, find_evaluator
+from workers.evaluators.base import NOWHERE, Evaluator, Inputs, Scores, find_evaluator
 from workers.grams import measure_grams
 from workers.merging.cache import Cache
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import OPERATORS, operator_info
 from workers.merging.resident import ResidentModels
-from workers.policy import Policy
 from workers.prepare import read_rows
-from workers.roots import NOTHING, Roots
+from workers.roots import Roots
 from workers.worker import device_of
 
 log = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ class Repository:
             if known in self._prepared:
                 self._prepared.move_to_end(known)
                 return self._prepared[known]
-        made = self._query_set(None, upload, rows, UPLOADED, NOTHING)  # whatever the server allows its owner
+        made = self._query_set(None, upload, rows, UPLOADED, NOWHERE)  # whatever the server allows its owner
         with self._lock:
             self._prepared[known] = made
             while len(self._prepared) > PREPARED:
@@ -220,16 +219,16 @@ class Repository:
     def _own_set(self, own: OwnSet, number: int, roots: Roots) -> QuerySet:
         where = f"sets.{number}"
         cls, _ = find_evaluator(own.evaluator, own.options, where)
-        return self._query_set(own.name, own, read_rows(own.data, cls, roots, where), where, roots.policy)
+        return self._query_set(own.name, own, read_rows(own.data, cls, roots, where), where, roots)
 
     def _query_set(
-        self, name: str | None, wanted: OwnSet | SetUpload, rows: Rows, where: str, policy: Policy
+        self, name: str | None, wanted: OwnSet | SetUpload, rows: Rows, where: str, roots: Roots
     ) -> QuerySet:
         """Read and tokenise items; they are called by their digest where they have no name."""
         cls, options = find_evaluator(wanted.evaluator, wanted.options, where)
         self._check_head(cls, wanted.head, f"{where}.head")
         model_dir = self.checkpoints[wanted.head or "base"].path
-        made = cls(options, Inputs(rows, model_dir, where, policy))
+        made = cls(options, Inputs(rows, model_dir, where, roots.policy, roots))
         digest = self._digest(wanted.evaluator, wanted.options, wanted.head, rows)
         view = SetView(
             name=name or digest,
