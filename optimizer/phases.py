@@ -53,7 +53,7 @@ def _settled(spec: JobSpec, problem: Problem, phase: Phase, evaluations: int, fi
         )
     found = cls.phases(spec, problem, options, evaluations)
     if found is None:
-        narrowed = phase.keep_experts is not None and phase.keep_experts < len(spec.experts)
+        narrowed = phase.keep_experts is not None and phase.keep_experts < len(problem.experts)
         if not narrowed:
             cls.make_space(spec, problem, options)
         return [
@@ -141,9 +141,9 @@ def most_used(recipes: Iterable[Recipe], experts: Sequence[str], keep: int) -> l
 
 def narrow(spec: JobSpec, problem: Problem, experts: Sequence[str]) -> tuple[JobSpec, Problem]:
     """Return the job as it were with these experts only."""
-    if list(experts) == [expert.name for expert in spec.experts]:
+    if list(experts) == problem.experts:
         return spec, problem
-    places = [number for number, expert in enumerate(spec.experts) if expert.name in experts]
+    places = [number for number, name in enumerate(problem.experts) if name in experts]
     options = {
         name: [value[place] for place in places] if isinstance(value, list) else value
         for name, value in spec.merge.options.items()
@@ -157,7 +157,7 @@ def narrow(spec: JobSpec, problem: Problem, experts: Sequence[str]) -> tuple[Job
     return (
         spec.model_copy(
             update={
-                "experts": [spec.experts[place] for place in places],
+                "experts": [expert for expert in spec.experts if expert.name in experts],
                 "merge": spec.merge.model_copy(update={"options": options}),
             }
         ),

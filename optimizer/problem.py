@@ -156,6 +156,12 @@ class Problem(Strict):
     findings: list[Finding] = Field(default_factory=list)
     phases: list[PlannedPhase] = Field(default_factory=list, description="The phases; the spec's algorithm if empty.")
     grams: Grams | None = Field(default=None, description="Where an algorithm needs them.")
+    alone: bool = Field(default=True, description="Whether a model by itself may be evaluated.")
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the models to merge, in the job's order."""
+        return [name for name in self.models if name != "base"]
 
     @property
     def axes(self) -> list[ResolvedObjective]:

@@ -242,7 +242,7 @@ class Search:
         if planned.keep_experts is None or not self._front.indices:
             return self.spec, self.problem
         recipes = [self._recipe(self.candidates[index]) for index in self._front.indices]
-        experts = most_used(recipes, [expert.name for expert in self.spec.experts], planned.keep_experts)
+        experts = most_used(recipes, self.problem.experts, planned.keep_experts)
         return narrow(self.spec, self.problem, experts)
 
     def _best(self) -> list[int]:

@@ -170,6 +170,8 @@ class JobSpace(SearchSpace, ABC):
         """
         wanted = spec.warm_starts
         names = [name for name in self.problem.models if (wanted.base if name == "base" else wanted.experts)]
+        if not self.problem.alone:
+            names = []
         if not self.problem.operator.uses_base:
             names = [name for name in names if name != "base"]
         out = [self._alone(name) for name in names]
@@ -351,7 +353,7 @@ class MergeSpace(JobSpace):
         wanted = spec.warm_starts
         out: list[WarmStart] = []
         for name, values in self._points().items():
-            if not (wanted.base if name == "base" else wanted.experts):
+            if not (wanted.base if name == "base" else wanted.experts) or not self.problem.alone:
                 continue
             if values is None:
                 out.append(WarmStart(name, None, Recipe(models=self.problem.models, root=Leaf(model=name))))
@@ -528,7 +530,7 @@ def make_merge_space(spec: JobSpec, problem: Problem) -> MergeSpace:
     if not groups:
         raise InvalidInput("every module kind is frozen", field="merge.frozen", remedy="leave something to merge")
     operator = problem.operator
-    experts = [expert.name for expert in spec.experts]
+    experts = problem.experts
     columns = tuple(experts) if operator.columns == "per_expert" else (_SINGLE[operator.columns],)
     bounds = spec.merge.bounds
     low, high = (bounds.low, bounds.high) if bounds else (operator.low, operator.high)

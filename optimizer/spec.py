@@ -305,6 +305,10 @@ class Objective(Strict):
         description="The items it is measured on; left out where the evaluator brings its own.",
         json_schema_extra=USUAL,
     )
+    set: Name | None = Field(
+        default=None,
+        description="Name of a set of the owner's to measure on, in place of `data`, where an `endpoint` has the models.",
+    )
     metric: str | None = Field(
         default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
     )
@@ -554,6 +558,11 @@ class JobSpec(Strict):
         given = [name for name in ("base", "endpoint", "parameters") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError("base: give exactly one of `base` (with `experts`), `endpoint` and `parameters`")
+        for number, objective in enumerate(self.objectives):
+            if objective.set is not None and (self.endpoint is None or objective.data is not None):
+                raise ValueError(
+                    f"objectives.{number}.set: it is for jobs with an `endpoint`, and in place of `data`; leave it out"
+                )
         if (self.base is None) != (not self.experts):
             raise ValueError("experts: `base` and `experts` go together")
 

@@ -18,6 +18,7 @@ from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.compatibility import inspect, raise_on_errors
 from workers.data import Rows, load_rows, no_rows
+from workers.endpoint.prepare import prepare_endpoint
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs, parse_evaluator, resolve_metric
 from workers.grams import measure_grams
 from workers.merging.calibration import Calibrations, load_items, missing
@@ -43,7 +44,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     if spec.parameters:
         return _prepare_parameters(spec, roots)
     if spec.base is None:
-        raise InvalidInput("this server asks no endpoints", field="endpoint", remedy="name checkpoints instead")
+        return prepare_endpoint(spec, roots)
     operator = _operator(spec)
     checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
     base, *experts = checkpoints.values()

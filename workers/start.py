@@ -8,6 +8,7 @@ from typing import Protocol
 from optimizer.ports import Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
+from workers.endpoint_worker import EndpointWorker
 from workers.merging.cache import Cache
 from workers.roots import Roots
 from workers.service_worker import ServiceWorker
@@ -31,4 +32,6 @@ def start_worker(spec: JobSpec, problem: Problem, roots: Roots, name: str, cache
     """Make the worker of a job; the arguments are those of `EvaluationWorker`."""
     if spec.parameters:
         return ServiceWorker(spec, problem, roots, name)
+    if spec.endpoint is not None:
+        return EndpointWorker(spec, problem, roots, name)
     return EvaluationWorker(spec, problem, roots, name, cache=cache)

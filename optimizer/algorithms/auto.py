@@ -70,7 +70,7 @@ class Auto(Algorithm):
             _Features(
                 objectives=len(problem.axes),
                 variables=space.dim,
-                experts=len(spec.experts) if spec.merge.space is None else 0,
+                experts=len(problem.experts) if spec.merge.space is None else 0,
                 evaluations=evaluations,
                 differentiable=all(objective.differentiable for objective in problem.axes),
                 asynchronous=spec.asynchronous,
