@@ -22,7 +22,7 @@ from api.settings import Settings
 from api.store.sql import SqlStore
 from api.views import EventView, JobView
 from optimizer.controller import Controller, ControllerConfig
-from optimizer.errors import Conflict
+from optimizer.errors import Conflict, JobPaused, ServiceUnavailable, Unavailable
 from optimizer.ports import PoolFactory
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
@@ -46,13 +46,16 @@ def inspect(settings: Settings, spec: JobSpec) -> Problem:
     """Look at a job's inputs; raises `InvalidInput` where they do not fit together.
 
     Weights are read only to find the digests for a job that begins where others ended: it must merge the same models.
+    `Unavailable` is raised where a service that the job names cannot be asked now.
     """
     from workers.prepare import prepare, quick_digest
     from workers.roots import Roots
 
-    if spec.warm_starts.jobs:
-        return prepare(spec, Roots(settings.roots, make_policy(settings)))
-    return prepare(spec, Roots(settings.roots, make_policy(settings)), digest=quick_digest)
+    roots = Roots(settings.roots, make_policy(settings))
+    try:
+        return prepare(spec, roots) if spec.warm_starts.jobs else prepare(spec, roots, digest=quick_digest)
+    except (JobPaused, ServiceUnavailable) as error:
+        raise Unavailable(error.message, field=error.field, remedy=error.remedy) from error
 
 
 def make_policy(settings: Settings) -> Policy:

@@ -96,9 +96,7 @@ class EndpointWorker:
 
     def _open(self) -> str:
         session = self._client.open_session().id
-        self._sets = [
-            question.own or upload(self._client, session, question).digest for question in self._questions
-        ]
+        self._sets = [question.own or upload(self._client, session, question).digest for question in self._questions]
         self._session = session
         return session
 
@@ -136,7 +134,9 @@ def _check_part(part: PartView, items: int) -> None:
     for metric, scores in part.scores.items():
         for numbers in (scores.values, scores.weights):
             if numbers is not None and len(numbers) != items:
-                raise ServiceUnavailable(f"the endpoint has {len(numbers)} scores of {metric}, not {items}", field=FIELD)
+                raise ServiceUnavailable(
+                    f"the endpoint has {len(numbers)} scores of {metric}, not {items}", field=FIELD
+                )
 
 
 def _scores_of(part: PartView, metric: str) -> ItemScores:

@@ -341,8 +341,9 @@ async def _wait(futures: list[Future[Any]], stopping: asyncio.Event, wait_s: flo
     """Wait until all are done, the server stops, or the time is over."""
     done = asyncio.gather(*(asyncio.shield(asyncio.wrap_future(future)) for future in futures))
     stop = asyncio.ensure_future(stopping.wait())
+    either: set[asyncio.Future[Any]] = {done, stop}
     try:
-        await asyncio.wait({done, stop}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stop.cancel()
         done.cancel()

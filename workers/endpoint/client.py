@@ -82,9 +82,7 @@ class EndpointClient:
         InvalidInput: the URL is none that may be asked.
     """
 
-    def __init__(
-        self, spec: EndpointSpec, policy: Policy, limits: Limits = LIMITS, clock: Clock = SYSTEM
-    ) -> None:
+    def __init__(self, spec: EndpointSpec, policy: Policy, limits: Limits = LIMITS, clock: Clock = SYSTEM) -> None:
         self.origin = parse_origin(spec.url, f"{FIELD}.url")
         check_allowed(self.origin, policy, f"{FIELD}.url")
         self.requests = 0
@@ -169,9 +167,7 @@ class EndpointClient:
         except (Fault, MergeoptError):  # it ends by itself
             return
 
-    def _ask(
-        self, method: str, path: str, view: type[V] | None, body: Any = None, cancelled: Cancel = _never
-    ) -> Any:
+    def _ask(self, method: str, path: str, view: type[V] | None, body: Any = None, cancelled: Cancel = _never) -> Any:
         """Send a request until there is an answer that can be used, or no attempt left."""
         for tries in range(1, self._limits.attempts + 1):
             try:
@@ -230,7 +226,9 @@ class EndpointClient:
         try:
             error = json.loads(text)["error"]
             code, message = str(error["code"]), str(error["message"])[:_SHOWN]
-            field, remedy = ((None if error.get(name) is None else str(error[name])[:_SHOWN]) for name in ("field", "remedy"))
+            field, remedy = (
+                (None if error.get(name) is None else str(error[name])[:_SHOWN]) for name in ("field", "remedy")
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None, text[:_SHOWN], None, None
         return code, message, field, remedy

@@ -42,9 +42,7 @@ def _prepared(spec: JobSpec, client: EndpointClient, view: RepositoryView, roots
         models={model.name: ModelId(ref=ModelRef(path=model.name), digest=model.id) for model in view.models},
         layout=view.layout,
         operator=_offered(spec.merge.operator, operators, "merge.operator"),
-        operators={
-            name: _offered(name, operators, "merge.space.options") for name, _ in named_operators(spec)
-        },
+        operators={name: _offered(name, operators, "merge.space.options") for name, _ in named_operators(spec)},
         objectives=_resolved(spec, client, view, questions),
         findings=_findings(view),
         alone=view.rules.max_share >= 1,
@@ -131,9 +129,7 @@ def _resolved(
     return out
 
 
-def _sets(
-    spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: list[Question]
-) -> list[SetView]:
+def _sets(spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: list[Question]) -> list[SetView]:
     """What the server makes of each question's items."""
     if all(question.upload is None for question in questions):
         return [own_set(spec.objectives[part.numbers[0]], part.numbers[0], view) for part in questions]

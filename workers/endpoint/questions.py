@@ -92,7 +92,9 @@ def own_set(objective: Objective, number: int, view: RepositoryView) -> SetView:
         )
     for name in ("options", "head"):
         if getattr(objective, name):
-            raise InvalidInput(f"the owner has set the {name} of its sets", field=f"{field}.{name}", remedy="leave it out")
+            raise InvalidInput(
+                f"the owner has set the {name} of its sets", field=f"{field}.{name}", remedy="leave it out"
+            )
     return found
 
 
@@ -100,9 +102,7 @@ def _question(spec: JobSpec, numbers: list[int], view: RepositoryView, roots: Ro
     objective, field = spec.objectives[numbers[0]], f"objectives.{numbers[0]}"
     if objective.set is not None:
         found = own_set(objective, numbers[0], view)
-        return Question(
-            tuple(numbers), found.name, None, found.digest, found.items, item_order(spec.seed, found.items)
-        )
+        return Question(tuple(numbers), found.name, None, found.digest, found.items, item_order(spec.seed, found.items))
     if objective.data is None:
         raise InvalidInput("there is nothing to measure on", field=f"{field}.data", remedy="name a file, or a `set`")
     _check_uploads(objective, field, view)

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from api.endpoint.app import create_endpoint_app
 from api.endpoint.desk import AUDIT_LOG, Desk
 from api.endpoint.offer import parse_offer
+from api.endpoint.repository import Scorer
 from api.endpoint.run import open_repository
 from api.endpoint.store import EndpointStore, endpoint_home
 from api.server import make_server
@@ -29,6 +30,7 @@ from optimizer.spec import ModelRef
 from tests.workers.adapter_models import make_adapter, silence
 from tests.workers.models import WORDS, tiny_bert
 from workers.endpoint.protocol import RepositoryView
+from workers.evaluators.base import Cancelled, Scores
 
 ADAPTERS = 4
 ITEMS = 40
@@ -153,6 +155,24 @@ def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
 def session(http: httpx.Client) -> str:
     """Path of an open session."""
     return open_session(http)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Evaluations begin and do not go on until this is set; set at the test's end."""
+    event = threading.Event()
+    score = Scorer.score
+
+    def held(*arguments: Any) -> Scores:
+        cancelled = arguments[-1]
+        while not event.wait(0.01):
+            if cancelled():
+                raise Cancelled("called off")
+        return score(*arguments)
+
+    monkeypatch.setattr(Scorer, "score", held)
+    yield event
+    event.set()
 
 
 def open_session(http: httpx.Client) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -171,21 +172,20 @@ def test_the_session_that_was_unused_for_longest_makes_room() -> None:
         sessions.get(second.id, 1)
 
 
-def test_no_more_evaluations_at_once_than_allowed(models: Path, tmp_path: Path) -> None:
-    uploads = {"min_items": 10, "max_items": 20_000}
-    with running(models, tmp_path, limits={"in_flight": 1}, uploads=uploads) as found, found.http() as http:
+def test_no_more_evaluations_at_once_than_allowed(models: Path, tmp_path: Path, gate: threading.Event) -> None:
+    with running(models, tmp_path, limits={"in_flight": 1}) as found, found.http() as http:
         session, view = open_session(http), repository(http)
-        upload = {"evaluator": "text_classification", "rows": make_rows(6000)}
-        digest = http.post(f"{session}/sets", json=upload).json()["digest"]
         one, two = (materialise(http, session, make_recipe(view, n / 10, 0.5)) for n in (1, 2))
-        first = {"candidate": one, "parts": [{"set": digest}]}
+        first, second = ({"candidate": candidate, "parts": [{"set": "own"}]} for candidate in (one, two))
         assert http.post(f"{session}/evaluations", json=first).status_code == 202
         assert http.post(f"{session}/evaluations", json=first).status_code == 202  # the same one
-        second = {"candidate": two, "parts": [{"set": digest}]}
         refused = http.post(f"{session}/evaluations", json=second)
         assert error(refused) == (429, "too_many_requests", None)
         assert refused.headers["Retry-After"] == "1"
         assert repository(http).usage.evaluations == 1
+        gate.set()
+        assert evaluate(http, session, one)["state"] == "done"
+        assert evaluate(http, session, two)["state"] == "done"
 
 
 def test_the_audit_log_tells_who_asked_for_what_and_no_content(models: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.api.endpoint.conftest import (
     repository,
     running,
 )
+from tests.service import until
 from workers.endpoint.protocol import EvaluationView, read_scores, write_scores
 
 UPLOAD = {"evaluator": "text_classification", "rows": make_rows(ITEMS, seed=5)}
@@ -141,28 +142,43 @@ def test_results_outlive_the_server_and_are_paid_for_once(models: Path, tmp_path
     assert (usage.evaluations, usage.items) == (1, ITEMS)
 
 
-def test_an_evaluation_under_way_is_answered_with_202_and_can_be_called_off(models: Path, tmp_path: Path) -> None:
-    slow = {"min_items": 10, "max_items": 20_000}
-    with running(models, tmp_path, uploads=slow) as found, found.http() as http:
+def test_an_evaluation_under_way_is_answered_with_202_and_can_be_called_off(
+    models: Path, tmp_path: Path, gate: threading.Event
+) -> None:
+    with running(models, tmp_path) as found, found.http() as http:
         session = open_session(http)
-        upload = http.post(f"{session}/sets", json={**UPLOAD, "rows": make_rows(6000)})
-        assert upload.status_code == 201, upload.text
-        recipe = make_recipe(repository(http), 0.6, 0.6)
-        body = {"candidate": materialise(http, session, recipe), "parts": [{"set": upload.json()["digest"]}]}
-        answer = http.post(f"{session}/evaluations", json=body)
+        fingerprint = materialise(http, session, make_recipe(repository(http), 0.6, 0.6))
+        body = {"candidate": fingerprint, "parts": [{"set": "own"}]}
+        answer = http.post(f"{session}/evaluations", json=body, params={"wait_s": 0.1})
         assert answer.status_code == 202
         assert answer.json()["state"] in ("queued", "running")
         path = answer.headers["Location"].removeprefix("/v1")
-        assert http.get(path).status_code == 202
+        assert http.get(path, params={"wait_s": 0.1}).status_code == 202
         assert http.delete(path).status_code == 204
         assert error(http.get(path)) == (404, "not_found", "evaluation")
-        over = http.post(f"{session}/evaluations", json=body, params={"wait_s": 30})
-        assert over.status_code == 200, over.text
-        assert over.json()["state"] in ("done", "failed")
-        if over.json()["state"] == "failed":  # it met the one that was being called off
-            assert over.json()["failure"]["code"] == "cancelled"
-            over = http.post(f"{session}/evaluations", json=body, params={"wait_s": 30})
-        assert over.json()["parts"][0]["items"] == 6000
+        gate.set()
+        until("what was called off has ended", lambda: not found.desk._evaluations._pieces)
+        assert evaluate(http, session, fingerprint)["state"] == "done"
+        done = [entry for entry in found.audit() if entry["action"] == "evaluation.computed"]
+        assert [entry.get("code") for entry in done] == ["cancelled", None]
+
+
+def test_a_stopping_server_keeps_nobody_waiting(models: Path, tmp_path: Path, gate: threading.Event) -> None:
+    answers: list[httpx.Response] = []
+    with running(models, tmp_path) as found, found.http() as http:
+        session = open_session(http)
+        fingerprint = materialise(http, session, make_recipe(repository(http), 0.6, 0.6))
+        body = {"candidate": fingerprint, "parts": [{"set": "own"}]}
+
+        def ask() -> None:
+            answers.append(http.post(f"{session}/evaluations", json=body, params={"wait_s": 30}))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        until("it is asked", lambda: found.desk._evaluations._pieces or None)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [answer.status_code for answer in answers] == [202]
 
 
 def test_an_infeasible_candidate_says_why(http: httpx.Client, session: str) -> None:
