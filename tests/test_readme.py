@@ -55,8 +55,9 @@ def test_the_files_it_links_to_exist(link: str) -> None:
 
 def test_the_endpoints_page_offers_what_can_be_offered() -> None:
     text = ENDPOINT_PAGE.read_text(encoding="utf-8")
-    offer = parse_offer(parse_document(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0], "yaml", "offer"))
-    assert offer.uploads is not None
+    job, offer = (parse_document(block, "yaml", "file") for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    assert parse_offer(offer).uploads is not None
+    assert parse_spec(job).endpoint is not None
     documented = set(re.findall(r"^\| (\d{3}) \| `(\w+)`", text, re.MULTILINE))
     statuses = {
         (status, example["error"]["code"])

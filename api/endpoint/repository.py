@@ -165,11 +165,12 @@ class Repository:
         """Check a recipe as a client sent it; return its fingerprint, and the recipe over the models themselves.
 
         Raises:
-            InvalidInput, NotOffered, Conflict: see `Rules.check` and `MergeEngine.check`.
+            InvalidInput, NotOffered, Conflict: see `Rules` and `MergeEngine.check`.
         """
         asked = self.rules.check(data)
         recipe = asked.model_copy(update={"models": {name: self._real[name] for name in asked.models}, "heads": None})
         self._engine.check(recipe)
+        self.rules.check_share(asked)
         return asked.model_copy(update={"heads": None}).fingerprint, recipe
 
     def upload(self, upload: SetUpload) -> QuerySet:
@@ -194,6 +195,10 @@ class Repository:
                 field="rows",
             )
         rows = _rows(upload)
+        if (different := len({digest_of([row]) for row in upload.rows})) < rules.min_items:
+            raise NotOffered(
+                f"only {different} of the items are different, and {rules.min_items} are needed", field="rows"
+            )
         known = self._digest(upload.evaluator, upload.options, upload.head, rows)
         with self._lock:
             if known in self._prepared:

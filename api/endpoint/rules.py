@@ -56,7 +56,6 @@ class Rules:
                 field="recipe.root",
                 remedy="search with fewer coefficients: larger groups of layers",
             )
-        self._check_share(recipe)
         return recipe
 
     def _check_models(self, recipe: Recipe) -> None:
@@ -105,8 +104,8 @@ class Rules:
                 remedy="use groups of positions and modules",
             )
 
-    def _check_share(self, recipe: Recipe) -> None:
-        """One expert must not stand (almost) alone."""
+    def check_share(self, recipe: Recipe) -> None:
+        """Raise `NotOffered` if one expert of a well-formed recipe stands (almost) alone."""
         if self._offer.max_share >= 1:
             return
         planned = [entry.node for entry in recipe.layers or () if entry.node is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -57,6 +58,7 @@ _ERRORS: dict[str, type[MergeoptError]] = {
 }
 
 V = TypeVar("V", bound=BaseModel)
+T = TypeVar("T")
 Cancel = Callable[[], bool]
 
 
@@ -123,7 +125,7 @@ class EndpointClient:
 
     def close_session(self, session: str) -> None:
         """Close a session; raises `Gone`, and as `repository`."""
-        self._ask("DELETE", f"/sessions/{session}", None)
+        self._send("DELETE", f"/sessions/{session}", None, _never, lambda _: None)
 
     def upload(self, session: str, upload: SetUpload) -> SetView:
         """Upload a query set; raises `Gone`, `InvalidInput`, `TooLarge`, and as `repository`."""
@@ -167,11 +169,15 @@ class EndpointClient:
         except (Fault, MergeoptError):  # it ends by itself
             return
 
-    def _ask(self, method: str, path: str, view: type[V] | None, body: Any = None, cancelled: Cancel = _never) -> Any:
+    def _ask(self, method: str, path: str, view: type[V], body: Any = None, cancelled: Cancel = _never) -> V:
+        """Send a request and return its answer."""
+        return self._send(method, path, body, cancelled, partial(_read, view))
+
+    def _send(self, method: str, path: str, body: Any, cancelled: Cancel, read: Callable[[Reply], T]) -> T:
         """Send a request until there is an answer that can be used, or no attempt left."""
         for tries in range(1, self._limits.attempts + 1):
             try:
-                return self._read(self._judge(self._exchange(method, path, body, cancelled)), view)
+                return read(self._judge(self._exchange(method, path, body, cancelled)))
             except CalledOff:
                 raise Cancelled("the evaluation was called off") from None
             except Fault as fault:
@@ -233,15 +239,6 @@ class EndpointClient:
             return None, text[:_SHOWN], None, None
         return code, message, field, remedy
 
-    def _read(self, reply: Reply, view: type[V] | None) -> V | None:
-        if view is None:
-            return None
-        try:
-            return view.model_validate_json(reply.body)
-        except (ValidationError, RecursionError) as error:
-            first = str(error).splitlines()
-            raise Fault(f"its answer cannot be used: {' '.join(first[1:3])[:_SHOWN]}") from None
-
     def _count(self, fault: Fault, tries: int) -> None:
         """Raise what becomes of the request if no other try is left, or none that makes sense."""
         if fault.wait_s is not None and fault.wait_s > self._limits.longest_wait_s:
@@ -264,3 +261,11 @@ class EndpointClient:
             if cancelled():
                 raise Cancelled("the evaluation was called off")
             self._clock.sleep(min(left, _PULSE_S))
+
+
+def _read(view: type[V], reply: Reply) -> V:
+    try:
+        return view.model_validate_json(reply.body)
+    except (ValidationError, RecursionError) as error:
+        first = str(error).splitlines()
+        raise Fault(f"its answer cannot be used: {' '.join(first[1:3])[:_SHOWN]}") from None
