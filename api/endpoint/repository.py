@@ -35,14 +35,14 @@ from workers.endpoint.protocol import (
     UploadView,
     UsageView,
 )
-from workers.evaluators.base import NOWHERE, Evaluator, Inputs, Scores, find_evaluator
+from workers.evaluators.base import Evaluator, Inputs, Scores, find_evaluator
 from workers.grams import measure_grams
 from workers.merging.cache import Cache
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import OPERATORS, operator_info
 from workers.merging.resident import ResidentModels
 from workers.prepare import read_rows
-from workers.roots import Roots
+from workers.roots import NOWHERE, Roots
 from workers.worker import device_of
 
 log = logging.getLogger(__name__)

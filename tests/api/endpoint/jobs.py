@@ -16,10 +16,10 @@ from workers.pool import LocalPoolFactory
 SECRET = "owner"
 
 
-def job(endpoint: str, **changes: Any) -> JobSpec:
+def job(url: str, **changes: Any) -> JobSpec:
     """An Evo-Merging job over an endpoint, measured on uploaded items."""
     data: dict[str, Any] = {
-        "endpoint": {"url": endpoint, "token": SECRET},
+        "endpoint": {"url": url, "token": SECRET},
         "merge": {"operator": "lora_factors"},
         "objectives": [
             {

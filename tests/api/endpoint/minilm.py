@@ -86,7 +86,7 @@ def _write_base(root: Path, task: Task) -> None:
             root / "encoder", num_labels=len(names), id2label=names, label2id={name: n for n, name in names.items()}
         )
     inputs, labels = _batch(random.Random(0).sample(list(task.train), HEAD_WORDS), task, tokenizer)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         hidden = torch.cat(
             [
@@ -97,10 +97,12 @@ def _write_base(root: Path, task: Task) -> None:
             ]
         )
     hidden = hidden.clone()
-    head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    pooler = model.bert.pooler
+    assert pooler is not None
+    head = [*pooler.parameters(), *model.classifier.parameters()]
     adam = torch.optim.Adam(head, lr=1e-3)
     for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(model.classifier(model.bert.pooler(hidden)), labels)
+        loss = torch.nn.functional.cross_entropy(model.classifier(pooler(hidden)), labels)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
