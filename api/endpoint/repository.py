@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -42,6 +43,7 @@ from workers.merging.engine import MergeEngine
 from workers.merging.operator import OPERATORS, operator_info
 from workers.merging.resident import ResidentModels
 from workers.prepare import read_rows
+from workers.references import References, check_experts
 from workers.roots import NOWHERE, Roots
 from workers.worker import device_of
 
@@ -103,6 +105,7 @@ class Repository:
     def __init__(self, offer: Offer, roots: Roots, key: bytes, cache: Cache | None = None) -> None:
         self.offer = offer
         self._key = key
+        self._cache = cache
         self.checkpoints = open_models(offer.base, all_experts(offer, roots), roots)
         base, *experts = self.checkpoints.values()
         self.layout, findings = inspect(base, experts, offer.heads)
@@ -214,7 +217,12 @@ class Repository:
     def scorer(self) -> Scorer:
         """Return a merged model in memory, for one thread."""
         dtype = getattr(torch, self.offer.workers.dtype)
-        return Scorer(lambda: ResidentModels(self.checkpoints, self.layout, self._engine, self.device, dtype))
+
+        def make() -> tuple[ResidentModels, References]:
+            models = ResidentModels(self.checkpoints, self.layout, self._engine, self.device, dtype)
+            return models, References(models, self.checkpoints, self._cache)
+
+        return Scorer(make)
 
     def result_key(self, fingerprint: str, found: QuerySet, items: Sequence[int] | None) -> str:
         """Return what the scores of a candidate on a set, or a part of one, are known by."""
@@ -231,9 +239,12 @@ class Repository:
     ) -> QuerySet:
         """Read and tokenise items; they are called by their digest where they have no name."""
         cls, options = find_evaluator(wanted.evaluator, wanted.options, where)
+        if not cls.auto_class:
+            raise InvalidInput(f"{cls.name} asks a service and scores no models", field=f"{where}.evaluator")
         self._check_head(cls, wanted.head, f"{where}.head")
         model_dir = self.checkpoints[wanted.head or "base"].path
         made = cls(options, Inputs(rows, model_dir, where, roots.policy, roots))
+        check_experts(made, list(self.checkpoints)[1:], where)
         digest = self._digest(wanted.evaluator, wanted.options, wanted.head, rows)
         view = SetView(
             name=name or digest,
@@ -286,10 +297,11 @@ class Repository:
 class Scorer:
     """One merged model in memory, made when it is first needed; for one thread."""
 
-    def __init__(self, make: Callable[[], ResidentModels]) -> None:
+    def __init__(self, make: Callable[[], tuple[ResidentModels, References]]) -> None:
         self._make = make
-        self._models: ResidentModels | None = None
+        self._made: tuple[ResidentModels, References] | None = None
         self._holds: str | None = None
+        self._ready: WeakSet[Evaluator] = WeakSet()  # those that know what experts say, if they ask for it
 
     def score(
         self,
@@ -305,13 +317,18 @@ class Scorer:
             InvalidInput, InfeasibleCandidate, InputsChanged: see `ResidentModels.apply`; and what `Evaluator.evaluate`
                 raises.
         """
-        if self._models is None:
-            self._models = self._make()
+        if self._made is None:
+            self._made = self._make()
+        models, references = self._made
+        if found.evaluator not in self._ready:
+            self._holds = None  # experts are asked in the resident model
+            references.provide(found.evaluator, found.view.head)
+            self._ready.add(found.evaluator)
         if self._holds != fingerprint:
             self._holds = None
-            self._models.apply(recipe)
+            models.apply(recipe)
             self._holds = fingerprint
-        model = self._models.model(found.view.head, found.evaluator.auto_class)
+        model = models.model(found.view.head, found.evaluator.auto_class)
         return found.on(items).evaluate(model, cancelled)
 
 

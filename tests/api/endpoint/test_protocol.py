@@ -171,7 +171,8 @@ def test_a_stopping_server_keeps_nobody_waiting(models: Path, tmp_path: Path, ga
         body = {"candidate": fingerprint, "parts": [{"set": "own"}]}
 
         def ask() -> None:
-            answers.append(http.post(f"{session}/evaluations", json=body, params={"wait_s": 30}))
+            with found.http() as client:
+                answers.append(client.post(f"{session}/evaluations", json=body, params={"wait_s": 30}))
 
         thread = threading.Thread(target=ask)
         thread.start()

@@ -1,9 +1,10 @@
-"""Evo-Merging on 36 LoRA adapters of MiniLM, behind the endpoint as its own process and locally: the same, bit for bit."""
+"""Evo-Merging on 36 LoRA adapters of MiniLM, behind an endpoint that is killed once, and locally: the same, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from api.cli import app
+from api.views import JobView
 from tests.api.endpoint.conftest import offer_data
 from tests.api.endpoint.jobs import SECRET, Client, allowing, job, local
 from tests.api.endpoint.minilm import ADAPTERS, write_minilm
@@ -33,6 +35,15 @@ def minilm(request: pytest.FixtureRequest) -> Path:
     return root
 
 
+def alive(process: Process, url: str) -> bool:
+    """Whether the endpoint answers; fails the test if it ended."""
+    assert process.popen.poll() is None, process.log.read_text()[-3000:]
+    try:
+        return httpx.get(f"{url}/v1/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_evo_merging_over_http_reaches_what_it_reaches_locally(
     minilm: Path, tmp_path: Path, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,22 +63,25 @@ def test_evo_merging_over_http_reaches_what_it_reaches_locally(
         budget={"evaluations": EVALUATIONS},
         warm_starts={"experts": False},
     )
-    with Process(["endpoint", str(offer), "--port", str(port)], home, roots=minilm) as process:
-
-        def alive() -> bool:
-            assert process.popen.poll() is None, process.log.read_text()[-3000:]
-            try:
-                return httpx.get(f"{url}/v1/health", timeout=5).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        until("the endpoint answers", alive, 600)
-        remote = Client(f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'remote.db')}", data, allowing(port))
-        job_id = remote.submit(spec)
-        done = remote.turn(job_id)
-        rows = remote.rows(job_id)
-        remote.close()
-    assert (done.state, done.progress.completed) == ("completed", EVALUATIONS), done.reason
+    remote = Client(f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'remote.db')}", data, allowing(port))
+    job_id = remote.submit(spec)
+    views: list[JobView] = []
+    arguments = ["endpoint", str(offer), "--port", str(port)]
+    with Process(arguments, home, roots=minilm) as first:
+        until("the endpoint answers", lambda: alive(first, url), 900)
+        thread = threading.Thread(target=lambda: views.append(remote.turn(job_id)))
+        thread.start()
+        until("some candidates are scored", lambda: remote.store.get_job(job_id).progress.completed > 10, 1800)
+        first.kill()
+    with Process(arguments, home, roots=minilm) as second:
+        until("it answers again", lambda: alive(second, url), 900)
+        thread.join()
+        if views[0].state == "paused":  # it was away for longer than the job waits
+            remote.store.request(job_id, "run")
+            views.append(remote.turn(job_id))
+    rows = remote.rows(job_id)
+    remote.close()
+    assert (views[-1].state, views[-1].progress.completed) == ("completed", EVALUATIONS), views[-1].reason
     nearby = Client(f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'local.db')}", minilm, allowing(1))
     here = local(spec, minilm)
     assert len(here.experts) == ADAPTERS
