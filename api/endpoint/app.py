@@ -340,6 +340,7 @@ async def _answer(request: Request, response: Response, found: Evaluation, wait_
 async def _wait(futures: list[Future[Any]], stopping: asyncio.Event, wait_s: float) -> None:
     """Wait until all are done, the server stops, or the time is over."""
     done = asyncio.gather(*(asyncio.shield(asyncio.wrap_future(future)) for future in futures))
+    done.add_done_callback(_seen)
     stop = asyncio.ensure_future(stopping.wait())
     either: set[asyncio.Future[Any]] = {done, stop}
     try:
@@ -347,3 +348,9 @@ async def _wait(futures: list[Future[Any]], stopping: asyncio.Event, wait_s: flo
     finally:
         stop.cancel()
         done.cancel()
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Take note of how a wait ended: asyncio reports what nobody looks at."""
+    if not future.cancelled():
+        future.exception()
