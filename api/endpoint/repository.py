@@ -220,7 +220,7 @@ class Repository:
 
         def make() -> tuple[ResidentModels, References]:
             models = ResidentModels(self.checkpoints, self.layout, self._engine, self.device, dtype)
-            return models, References(models, self.checkpoints, self._cache)
+            return models, References(models, self._real, self._cache)
 
         return Scorer(make)
 
@@ -321,7 +321,6 @@ class Scorer:
             self._made = self._make()
         models, references = self._made
         if found.evaluator not in self._ready:
-            self._holds = None  # experts are asked in the resident model
             references.provide(found.evaluator, found.view.head)
             self._ready.add(found.evaluator)
         if self._holds != fingerprint:
