@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from optimizer.pycma import LARGEST_STD, BoxConstraintsLinQuadTransformation, limit_alone, make_strategy
+from optimizer.box_transformation import BoxTransformation
+from optimizer.pycma import LARGEST_STD, limit_alone, make_strategy
 from optimizer.space import Genome, SearchSpace, Variable
 
 _ESCAPE = 0.73
@@ -128,7 +129,7 @@ class _Cube:
     def __init__(self, variables: Sequence[Variable], population: int) -> None:
         self._low = np.array([variable.low for variable in variables])
         self._range = np.array([variable.high for variable in variables]) - self._low
-        self._transformation = BoxConstraintsLinQuadTransformation([[0.0, 1.0]])
+        self._transformation = BoxTransformation(np.zeros(len(variables)), np.ones(len(variables)))
         self._step = np.array([0.0 if v.kind == "real" else 1.0 / (v.high - v.low) for v in variables])
         self._margin = -float(ndtri(min(0.25, 1 / (len(variables) * population)) / 2))
         self.smallest_std = np.minimum(self._step / 2 / self._margin, LARGEST_STD / 2)
@@ -140,11 +141,11 @@ class _Cube:
 
     def inner(self, unit: Vector) -> Vector:
         """Return the strategy's coordinates of a point of the unit cube."""
-        return np.array(self._transformation.inverse(unit.copy()), dtype=np.float64)
+        return self._transformation.inner(unit)
 
     def outer(self, vector: Vector) -> Vector:
         """Return the point of the unit cube for the strategy's coordinates."""
-        return np.array(self._transformation.transform(vector.copy()), dtype=np.float64)
+        return self._transformation.outer(vector)
 
     def keep_margin(self, strategy: Any) -> None:
         """Move the mean so far to the nearest other value of an integer that the margin's probability is kept.

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.box_transformation import BoxTransformation
 from optimizer.space import Genome, Variable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it regrets the absence of matplotlib
     from cma import CMAEvolutionStrategy
-    from cma.boundary_handler import BoxConstraintsLinQuadTransformation as BoxConstraintsLinQuadTransformation
     from cma.sigma_adaptation import CMAAdaptSigmaCSA
 
 Vector = NDArray[np.float64]
@@ -103,12 +103,12 @@ class BoundedStrategy:
     ) -> None:
         self._low = np.array([variable.low for variable in variables])
         self._high = np.array([variable.high for variable in variables])
-        self._bounds = BoxConstraintsLinQuadTransformation(np.stack([self._low, self._high], axis=1).tolist())
+        self._bounds = BoxTransformation(self._low, self._high)
         self._proposed: list[Vector] = []
         real = np.array([variable.kind == "real" for variable in variables])
         self._largest = LARGEST_STD * (self._high - self._low)
         self._strategy = make_strategy(
-            self._inner(mean),
+            self._bounds.inner(mean),
             sigma,
             population,
             random,
@@ -124,8 +124,7 @@ class BoundedStrategy:
 
     def ask(self) -> list[Vector]:
         """Return a generation: vectors inside the bounds."""
-        outer = [np.array(self._bounds.transform(vector.copy()), dtype=np.float64) for vector in self._strategy.ask()]
-        self._proposed = [np.clip(vector, self._low, self._high) for vector in outer]
+        self._proposed = [self._bounds.outer(vector) for vector in self._strategy.ask()]
         return list(self._proposed)
 
     def tell(self, vectors: Sequence[Vector], losses: Sequence[float]) -> None:
@@ -134,12 +133,9 @@ class BoundedStrategy:
         if len(self._low) == 1:
             limit_alone(self._strategy, float(self._largest[0]))
 
-    def _inner(self, vector: Vector) -> Vector:
-        return np.array(self._bounds.inverse(np.clip(vector, self._low, self._high)), dtype=np.float64)
-
     def _known(self, vector: Vector) -> Vector:
         """The strategy's coordinates; a vector that it did not draw is moved to a plausible distance first."""
-        inner = self._inner(vector)
+        inner = self._bounds.inner(vector)
         if any(np.abs(vector - proposed).max() < _SAME for proposed in self._proposed):
             return inner
         return np.asarray(self._strategy.repair_genotype(inner, copy_if_changed=True), dtype=np.float64)

@@ -109,6 +109,7 @@ class M2n2(NicheSearch):
             return
         if self._members and sizes != self._sizes:
             return
+        before = self._gains, self._scores, self._fitness
         self._sizes = sizes
         self._members.append(_Member(outcome.index, outcome.genome))
         self._gains = np.vstack([self._gains.reshape(-1, sum(sizes)), np.concatenate(gains)])
@@ -116,6 +117,9 @@ class M2n2(NicheSearch):
         if len(self._members) > self.options.archive:
             worst = int(np.argmin(self._fitness))
             del self._members[worst]
+            if worst == self.options.archive:  # the newcomer: all is as it was
+                self._gains, self._scores, self._fitness = before
+                return
             self._gains = np.delete(self._gains, worst, axis=0)
             self._score()
 

@@ -14,11 +14,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-Run = Callable[[bool], dict[str, Any]]
+Run = Callable[..., dict[str, Any]]
 Plot = Callable[[dict[str, Any], Any], None]
 
 
-def main(name: str, run: Run, plot: Plot) -> None:
+def main(name: str, run: Run, plot: Plot, **sizes: int) -> None:
     """Run a benchmark as a command: ``--quick`` for a small one, ``--out DIR`` for where the figures go.
 
     Writes ``NAME.json`` (what ``run`` returned, with the date, the machine and the time it took) and ``NAME.svg``.
@@ -26,13 +26,16 @@ def main(name: str, run: Run, plot: Plot) -> None:
     Args:
         run: from whether it is to be quick, to plain data with all that was measured.
         plot: draws those data on a figure of matplotlib, which it is handed empty.
+        sizes: further arguments of ``run``, each an option of the command with this default.
     """
     parser = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.search.{name}")
     parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the figures")
+    for size, default in sizes.items():
+        parser.add_argument(f"--{size}", type=int, default=default, help=f"{default} by default")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    measured = run(arguments.quick)
+    measured = run(arguments.quick, **{size: getattr(arguments, size) for size in sizes})
     save(name, measured, arguments.out, time.perf_counter() - began, quick=arguments.quick)
     draw(name, measured, arguments.out, plot)
 

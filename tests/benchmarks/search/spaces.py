@@ -1,13 +1,14 @@
 """Structured search spaces on a small vision transformer: `python -m tests.benchmarks.search.spaces [--quick]`.
 
 A transformer of six layers is trained on handwritten digits, and three experts on a third of the digits each. Every
-case is a space and an algorithm with the same evaluations, warm starts included, over several seeds; it minimises the
-cross-entropy of the search items, and what it found is measured on other items.
+case is a space and an algorithm over several seeds; all of a comparison have the same evaluations, warm starts included.
+It minimises the cross-entropy of the search items, and what it found is measured on other items.
 
 - `prune`: four of six layers stay; layers are only removed (of the base, or of the experts' average), or also selected,
   or also merged.
 - `operators` against each of its operators alone.
-- `actions` by evolution, by random search, and by the agent it comes from (`rmm`).
+- `actions` by evolution, by random search, and by the agent it comes from (`rmm`), with the episodes that its released
+  code gives it.
 - the other layer plans, for comparison.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ import numpy as np
 import torch
 
 from optimizer.algorithms.base import AlgorithmContext, Outcome, parse_options
-from optimizer.ports import Task
+from optimizer.ports import Task as Measurement
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
 from optimizer.space import Genome, JobSpace, make_space
 from optimizer.spec import JobSpec, parse_spec
 from tests.benchmarks.search.common import main
 from tests.benchmarks.search.digits import DigitsExpert, images, train_base, train_expert, write_images
+from tests.benchmarks.search.kept import results
 from workers.prepare import prepare
 from workers.roots import Roots
 from workers.worker import EvaluationWorker
@@ -40,7 +42,10 @@ EXPERTS = (
     DigitsExpert("middle", (4, 5, 6), seed=2),
     DigitsExpert("high", (7, 8, 9), seed=3),
 )
-EVALUATIONS, SEEDS = 200, 3
+CACHE = Path(__file__).parents[1] / ".cache" / "spaces"
+EVALUATIONS, EPISODES, SEEDS = 200, 700, 3
+LATE = 100
+"""The last evaluations, whose mean says what a search has learned."""
 REPEATS = 200
 """Proposals in a row that are known already, after which a search is at its end."""
 
@@ -54,19 +59,39 @@ class Case:
         label: unique.
         merge: the job's ``merge``.
         algorithm: who searches.
+        evaluations: in a full run.
     """
 
     group: str
     label: str
     merge: dict[str, Any]
     algorithm: str
+    evaluations: int = EVALUATIONS
+
+
+@dataclass(frozen=True)
+class Task:
+    """A case on a seed."""
+
+    case: Case
+    seed: int
+    evaluations: int
 
 
 @dataclass
 class Found:
-    """What a search found: the best search loss so far by evaluation, and the test losses of the last of them."""
+    """What a search found.
+
+    Attributes:
+        curve: the best search loss so far by evaluation.
+        test, accuracy: of the last of them on the test items.
+        late: mean search loss of the last evaluations of what it proposed.
+        layers: of the best.
+        variables: of the space.
+    """
 
     curve: list[float] = field(default_factory=list)
+    late: float = np.nan
     test: float = np.nan
     accuracy: float = np.nan
     layers: int = 0
@@ -102,7 +127,7 @@ def cases() -> list[Case]:
     for name in ("nsga2", "cma_es"):
         out += [Case("operators", f"{label} ({name})", {**groups, **merge}, name) for label, merge in singles.items()]
         out.append(Case("operators", f"operators ({name})", {**groups, **space("operators")}, name))
-    out += [Case("actions", name, space("actions"), name) for name in ("random", "nsga2", "cma_es", "rmm")]
+    out += [Case("actions", name, space("actions"), name, EPISODES) for name in ("random", "nsga2", "cma_es", "rmm")]
     out += [
         Case("plans", f"{kind} ({name})", space(kind), name)
         for kind in ("layer_swap", "data_flow", "blocks")
@@ -158,7 +183,7 @@ class Study:
         known = self._losses[split]
         if recipe.fingerprint not in known:
             worker = self._worker(case, split)
-            result = worker.evaluate(Task(0, recipe.to_json()))
+            result = worker.evaluate(Measurement(0, recipe.to_json()))
             values = [result.scores[name].mean() for name in ("loss", "accuracy")] if result.failure is None else []
             known[recipe.fingerprint] = (values[0], values[1]) if values and np.isfinite(values).all() else None
         return known[recipe.fingerprint]
@@ -197,6 +222,7 @@ class _Run:
         self._study, self._case, self._space, self._most = study, case, space, evaluations
         self._seen: set[str] = set()
         self._curve: list[float] = []
+        self._proposed: list[float] = []
         self._best: Recipe | None = None
         self._index = self._repeats = 0
 
@@ -217,6 +243,8 @@ class _Run:
             if loss < best:
                 self._best = recipe
             self._curve.append(min(best, loss))
+        if own and scores is not None:
+            self._proposed.append(scores[0])
         self._index += 1
         if genome is None:
             return None
@@ -226,24 +254,38 @@ class _Run:
     def found(self) -> Found:
         """Return what was found."""
         curve = self._curve + self._curve[-1:] * (self._most - len(self._curve))
-        out = Found(curve, variables=self._space.dim)
+        late = float(np.mean(self._proposed[-LATE:])) if self._proposed else np.nan
+        out = Found(curve, late, variables=self._space.dim)
         if self._best is not None:
             out.test, out.accuracy = self._study.measure(self._case, self._best, "test") or (np.nan, np.nan)
             out.layers = len(self._best.layers) if self._best.layers is not None else LAYERS
         return out
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every case; a quick run takes one seed, few evaluations and a base that hardly learned."""
+def run(quick: bool, seeds: int = SEEDS) -> dict[str, Any]:
+    """Measure every case; a quick run takes one seed, few evaluations and a base that hardly learned.
+
+    What an interrupted call has run is not run again (`CACHE`).
+    """
     torch.set_num_threads(1)
-    evaluations, seeds, steps = (30, 1, 60) if quick else (EVALUATIONS, SEEDS, 400)
+    seeds, steps = (1, 60) if quick else (seeds, 400)
     with tempfile.TemporaryDirectory() as directory:
-        study = Study(Path(directory).resolve(), steps)
-        rows = []
-        for case in cases():
-            found = [study.search(case, seed, evaluations) for seed in range(seeds)]
-            rows.append(_row(case, found))
-    return {"evaluations": evaluations, "seeds": seeds, "layers": LAYERS, "rows": rows}
+        root = Path(directory).resolve() if quick else CACHE
+        study = Study(root, steps)
+        tasks = [Task(case, seed, 30 if quick else case.evaluations) for case in cases() for seed in range(seeds)]
+        found = results(
+            tasks,
+            lambda task: asdict(study.search(task.case, task.seed, task.evaluations)),
+            None if quick else root / "runs",
+        )
+    return {
+        "seeds": seeds,
+        "layers": LAYERS,
+        "rows": [
+            _row(case, [Found(**each) for task, each in zip(tasks, found, strict=True) if task.case == case])
+            for case in cases()
+        ],
+    }
 
 
 def _row(case: Case, found: Sequence[Found]) -> dict[str, Any]:
@@ -254,10 +296,12 @@ def _row(case: Case, found: Sequence[Found]) -> dict[str, Any]:
         "algorithm": case.algorithm,
         "merge": case.merge,
         "variables": found[0].variables,
+        "evaluations": len(found[0].curve),
         "loss": [round(float(each.curve[-1]), 5) for each in found],
         "median loss": round(float(np.median(curves[:, -1])), 4),
         "median test loss": round(float(np.median([each.test for each in found])), 4),
         "median test accuracy": round(float(np.median([each.accuracy for each in found])), 4),
+        "median loss of the last": round(float(np.median([each.late for each in found])), 4),
         "layers": [each.layers for each in found],
         "curve": np.median(curves, axis=0).round(5).tolist(),
     }
@@ -277,4 +321,4 @@ def plot(measured: dict[str, Any], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    main("spaces", run, plot)
+    main("spaces", run, plot, seeds=SEEDS)

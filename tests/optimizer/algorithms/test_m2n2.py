@@ -151,6 +151,11 @@ class TestArchive:
         pairs = self.parents(self.told([[1, 0], [0, 1]], archive=50))
         assert {*pairs} == {(0, 1), (1, 0)}
 
+    def test_who_does_not_get_in_leaves_nothing_behind(self) -> None:
+        rows: list[list[float]] = [[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
+        refused = self.told([*rows, [0, 1, 0, 0]], archive=3)
+        assert self.parents(refused) == self.parents(self.told(rows, archive=3))
+
     def test_the_same_candidate_enters_once(self) -> None:
         algorithm = self.told([[1, 0], [0, 1]])
         gains = np.array([1, 0], dtype=np.float32)
