@@ -14,7 +14,7 @@ class BoxTransformation:
     """The identity inside a box, bent near its faces and mirrored beyond them: pycma's, for whole vectors at once.
 
     The same as `cma.transformations.BoxConstraintsLinQuadTransformation`, whose way back takes one Python call a number:
-    40 ms for a vector of 19,210, where this one takes 0.2.
+    33 ms for a vector of 19,210, where this one takes 0.2.
 
     Args:
         low, high: shape (variables,), finite, low < high.
