@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -34,6 +34,7 @@ def close(found: Array, wanted: Array, scale: Array) -> bool:
 
 
 @given(sides)
+@settings(deadline=None)
 def test_is_that_of_pycma(rows: list[tuple[float, ...]]) -> None:
     low, high, anywhere, inside = unpacked(rows)
     theirs = BoxConstraintsLinQuadTransformation(np.stack([low, high], axis=1).tolist())
@@ -45,6 +46,7 @@ def test_is_that_of_pycma(rows: list[tuple[float, ...]]) -> None:
 
 
 @given(sides)
+@settings(deadline=None)
 def test_there_and_back(rows: list[tuple[float, ...]]) -> None:
     low, high, _, inside = unpacked(rows)
     ours = BoxTransformation(low, high)
