@@ -13,6 +13,8 @@ from pathlib import Path
 from api.settings import Settings
 from api.store.ports import ExportTask, JobStore
 from optimizer.errors import InputsChanged, LeaseLost, MergeoptError
+from optimizer.fitness.intervals import Interval
+from optimizer.ports import Split
 from optimizer.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -125,11 +127,19 @@ class Exporter:
             tokenizer_from=task.options.tokenizer_from,
             adapter_rank=task.options.as_adapter,
             overwrite=task.options.overwrite,
-            scores=task.scores,
+            scores={**task.scores, **_intervals(task, "search")},
+            test_scores=_intervals(task, "test"),
+            overfitted=() if task.verification is None else task.verification.overfitted,
             spec=task.spec,
             progress=progress,
         )
         return out
+
+
+def _intervals(task: ExportTask, split: Split) -> dict[str, Interval]:
+    """What a verified candidate came to, by objective."""
+    found = {} if task.verification is None else getattr(task.verification, split)
+    return {name: Interval(**interval.model_dump()) for name, interval in found.items()}
 
 
 def _is_export_of(path: Path, recipe: Recipe) -> bool:

@@ -54,6 +54,8 @@ class Progress(View):
         default_factory=dict,
         description="What evaluations cost so far: items, tokens, requests, money; zeros left out.",
     )
+    to_verify: int = Field(default=0, description="Candidates to measure anew on test items, once the search is over.")
+    verified: int = Field(default=0, description="Those of them that have been.")
 
 
 class JobSummary(View):
@@ -134,6 +136,36 @@ class JobView(JobSummary):
 
 
 CandidateState = Literal["pending", "completed", "failed", "cancelled"]
+VerificationState = Literal["waiting", "completed", "failed"]
+
+
+class IntervalView(View):
+    """A mean over items, and the interval in which it would probably lie on as many others."""
+
+    value: float
+    low: float = Field(description="Lower end of the 95 % bootstrap interval (BCa over items).")
+    high: float = Field(description="Upper end.")
+    items: int = Field(description="Number of items.")
+
+
+class VerificationView(View):
+    """A candidate measured anew at the end of the search."""
+
+    state: VerificationState
+    search: dict[str, IntervalView] = Field(default_factory=dict, description="By objective, on all search items.")
+    test: dict[str, IntervalView] = Field(
+        default_factory=dict, description="By objective that has any, on test items, which the search never saw."
+    )
+    overfitted: list[str] = Field(
+        default_factory=list,
+        description=(
+            "Objectives whose interval on the test items lies entirely on the worse side of that on the search items: the "
+            "search has fitted its items, or the test items are harder (see how the baselines fare)."
+        ),
+    )
+    failure: dict[str, str] | None = Field(default=None, description="`code` and `message` when it failed.")
+    seconds: dict[str, float] = Field(default_factory=dict, description="What it took, by part.")
+    finished_at: datetime | None = None
 
 
 class CandidateSummary(View):
@@ -148,8 +180,15 @@ class CandidateSummary(View):
         default=None,
         description="How many items of each objective it was measured on; null for all. It joins no front then.",
     )
+    stopped: bool = Field(
+        default=False,
+        description="Whether it was not measured on all because it was clear that it loses; its values are estimates.",
+    )
     state: CandidateState
     values: list[float] | None = Field(default=None, description="One for each objective, in the job's order.")
+    errors: list[float] | None = Field(
+        default=None, description="Standard errors of the values, where these are estimates."
+    )
     violation: float = 0.0
     on_front: bool = False
     duplicate_of: int | None = None
@@ -161,6 +200,9 @@ class CandidateSummary(View):
     )
     created_at: datetime
     finished_at: datetime | None = None
+    verification: VerificationView | None = Field(
+        default=None, description="What it came to when the search was over, where it was among the best or a baseline."
+    )
 
 
 class CandidateView(CandidateSummary):
@@ -171,6 +213,9 @@ class CandidateView(CandidateSummary):
     parents: list[int]
     worker: str = ""
     items: dict[str, list[float]] = Field(default_factory=dict, description="Per-item scores by objective.")
+    test_items: dict[str, list[float]] = Field(
+        default_factory=dict, description="Per-item scores of test items by objective, once verified."
+    )
 
 
 class Point(View):
@@ -178,12 +223,16 @@ class Point(View):
 
     index: int
     values: list[float]
+    errors: list[float] | None = Field(
+        default=None, description="Standard errors of the values, where these are estimates."
+    )
     on_front: bool
     label: str | None = None
     origin: Origin = "algorithm"
     phase: int = 0
     partial: int | None = Field(default=None, description="Items it was measured on, where not on all.")
     violation: float = 0.0
+    verification: VerificationView | None = Field(default=None, description="Of the front and the baselines, if any.")
 
 
 class FrontView(View):
@@ -222,7 +271,7 @@ class EventView(View):
     id: int
     job_id: str
     type: str = Field(
-        description="job.state, candidates.proposed, candidate.evaluated, candidate.enqueued, export.progress, …"
+        description="job.state, candidates.proposed, candidate.evaluated, candidate.verified, export.progress, …"
     )
     data: dict[str, Any]
     at: datetime

@@ -12,10 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from optimizer.errors import (
-    InfeasibleCandidate,
     InputsChanged,
     InvalidInput,
     JobPaused,
@@ -24,10 +23,10 @@ from optimizer.errors import (
     RetryableError,
     Unavailable,
 )
-from optimizer.fitness.aggregate import ItemScores, aggregate, violation
+from optimizer.fitness.aggregate import ItemScores
+from optimizer.measuring import Measuring, Memory
 from optimizer.ports import (
     Candidate,
-    Evaluation,
     EvaluationPool,
     Failure,
     JobState,
@@ -36,10 +35,11 @@ from optimizer.ports import (
     Request,
     Result,
     RunStore,
-    Task,
 )
 from optimizer.problem import Problem
+from optimizer.races import Races
 from optimizer.search import Search
+from optimizer.verifying import Verifying
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,9 @@ class JobRun:
         self._lease = lease
         self._stop = stop
         self._dispatched: set[int] = set()
+        self._verified: set[int] = set()  # candidates that are being verified
+        self._measuring: Measuring  # once the inputs are known
+        self._verifying: Verifying
 
     def run(self) -> None:
         """Run the job until it ends, pauses, is taken over, or the controller is stopped."""
@@ -161,6 +164,10 @@ class JobRun:
         search.replay(record.candidates, record.evaluations)
         if not search.candidates and (first := search.first()):
             self._add(search, first)
+        memory = Memory(self._store, self._lease, enabled=record.spec.fitness.cache)
+        races = Races(record.spec, problem, self._store, self._lease)
+        self._measuring = Measuring(record.spec, problem, memory, races)
+        self._verifying = Verifying(search, self._store, self._lease, memory, record.verified)
         pool = self._pools.open(record.spec, problem)
         try:
             return self._loop(search, pool, keeper)
@@ -181,14 +188,47 @@ class JobRun:
                 while new := search.next():
                     self._add(search, new)
                 self._dispatch(search, pool)
-                if search.finished:
+                if search.finished and self._verify(search, pool):
                     return "completed", search.stop_reason
-            else:
-                self._dispatched.difference_update(pool.withdraw())
-                if not self._dispatched:
-                    return halt
-            for result in pool.wait(self._config.poll_s if self._dispatched else 0.0):
-                self._record(search, result)
+            elif self._wind_up(search, pool, halt[0]):
+                return halt
+            for result in pool.wait(self._config.poll_s if self._dispatched or self._verified else 0.0):
+                self._take(search, result)
+
+    def _wind_up(self, search: Search, pool: EvaluationPool, state: JobState) -> bool:
+        """Finish what is in flight; return whether the job may stop now."""
+        if state == "completed" and not self._dispatched:
+            return self._verify(search, pool)  # the search's time is over, not that of what it found
+        withdrawn = pool.withdraw()
+        self._measuring.forget(withdrawn)
+        self._verifying.forget(withdrawn)
+        self._dispatched.difference_update(withdrawn)
+        self._verified.difference_update(withdrawn)
+        return state != "completed" and not self._dispatched and not self._verified
+
+    def _verify(self, search: Search, pool: EvaluationPool) -> bool:
+        """Keep the workers busy with what is to be verified; return whether nothing is left."""
+        waiting = self._verifying.waiting
+        most = min(search.spec.in_flight, search.spec.workers.count)
+        for index in waiting:
+            if len(self._verified) >= most:
+                break
+            if index in self._verified:
+                continue
+            task = self._verifying.task(index)
+            if task is None:
+                self._verifying.record(Result(index, worker="cache"))
+                continue
+            pool.submit(task)
+            self._verified.add(index)
+        return not self._verifying.waiting
+
+    def _take(self, search: Search, result: Result) -> None:
+        if result.index in self._verified:
+            self._verified.discard(result.index)
+            self._verifying.record(result)
+        else:
+            self._record(search, result)
 
     def _take_enqueued(self, search: Search) -> None:
         for item in self._store.enqueued(self._lease):
@@ -210,16 +250,24 @@ class JobRun:
     def _dispatch(self, search: Search, pool: EvaluationPool) -> None:
         # No more than the workers can be at: what waits here, not there, can still be paused.
         most = min(search.spec.in_flight, search.spec.workers.count)
+        under_way = {search.candidates[index].fingerprint for index in self._dispatched}
         for candidate in search.waiting:
             if len(self._dispatched) >= most:
                 return
-            if candidate.index not in self._dispatched:
-                pool.submit(Task(candidate.index, candidate.recipe, candidate.items, candidate.slopes))
-                self._dispatched.add(candidate.index)
+            # The same merge on other items waits until it can begin from what is being measured.
+            if candidate.index in self._dispatched or candidate.fingerprint in under_way:
+                continue
+            plan = self._measuring.plan(candidate)
+            if plan.task is None:
+                self._record(search, Result(candidate.index, worker="cache"))
+                continue
+            pool.submit(plan.task)
+            self._dispatched.add(candidate.index)
+            under_way.add(candidate.fingerprint)
 
     def _record(self, search: Search, result: Result) -> None:
-        evaluation = _evaluate(search.problem, result)
-        self._store.add_evaluation(self._lease, evaluation)
+        evaluation, fresh = self._measuring.outcome(search.candidates[result.index], result)
+        self._store.add_evaluation(self._lease, evaluation, fresh)
         self._dispatched.discard(result.index)
         search.record(evaluation)
 
@@ -230,31 +278,6 @@ def _halt(search: Search, keeper: _LeaseKeeper) -> tuple[JobState, str | None] |
     if wall_time is not None and keeper.elapsed_s >= wall_time:
         return "completed", f"{wall_time:g} s of running time are over"
     return ("paused", None) if keeper.requested == "pause" else None
-
-
-def _evaluate(problem: Problem, result: Result) -> Evaluation:
-    """Turn a worker's result into the outcome that is recorded."""
-    failed = Evaluation(
-        result.index,
-        None,
-        failure=result.failure,
-        seconds=result.seconds,
-        worker=result.worker,
-        cost=result.cost,
-    )
-    if result.failure is not None:
-        return failed
-    try:
-        values = aggregate(problem.objectives, result.scores)
-    except InfeasibleCandidate as error:
-        return replace(failed, failure=Failure(error.code, str(error)))
-    return replace(
-        failed,
-        values=tuple(values),
-        violation=violation(problem.objectives, values),
-        items=dict(result.scores),
-        slopes=result.slopes,
-    )
 
 
 def _same_inputs(recorded: Problem | None, found: Problem) -> Problem:
@@ -271,7 +294,15 @@ def _same_inputs(recorded: Problem | None, found: Problem) -> Problem:
             raise InputsChanged(
                 f"the data of objective {before.name!r} changed since the job began", remedy="restore it"
             )
-    return recorded
+        if before.test and now.test and before.test.data_digest != now.test.data_digest:
+            raise InputsChanged(
+                f"the test items of objective {before.name!r} changed since the job began", remedy="restore them"
+            )
+    objectives = [
+        before.model_copy(update={"measure": now.measure, "digests": now.digests, "test": now.test})
+        for before, now in zip(recorded.objectives, found.objectives, strict=True)
+    ]
+    return recorded.model_copy(update={"objectives": objectives})
 
 
 class _Items:

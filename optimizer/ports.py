@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.fitness.cost import FREE, Cost
+from optimizer.fitness.intervals import Interval
+from optimizer.fitness.racing import Rivals, Terms
 from optimizer.problem import Problem
 from optimizer.space import Genome
 from optimizer.spec import CandidateInput, JobSpec
@@ -34,6 +36,7 @@ JobState = Literal["queued", "running", "paused", "completed", "failed", "cancel
 FinalState = Literal["completed", "failed", "cancelled"]
 Request = Literal["run", "pause", "cancel"]
 Origin = Literal["algorithm", "warm_start", "user"]
+Split = Literal["search", "test"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Candidate:
         phase: number of the job's phase that it belongs to, from 0.
         items: how many items of each objective it is measured on; None for all.
         slopes: whether `Evaluation.slopes` are wanted.
+        rivals: whom it must not lose to, lest its evaluation be stopped; None where it is measured as asked.
     """
 
     index: int
@@ -84,6 +88,7 @@ class Candidate:
     phase: int = 0
     items: int | None = None
     slopes: bool = False
+    rivals: Rivals | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,9 @@ class Evaluation:
         worker: who did it.
         slopes: see `optimizer.algorithms.Outcome`; None where they were not asked for, or could not be had.
         cost: what it took beside time.
+        stopped: after how many items of each objective it had lost to one of its rivals, which ended the evaluation; its
+            values are estimates then. None if it was measured as asked.
+        errors: standard errors of values that are estimates; empty where they are measured.
     """
 
     index: int
@@ -119,6 +127,56 @@ class Evaluation:
     worker: str = ""
     slopes: NDArray[np.float64] | None = None
     cost: Cost = FREE
+    stopped: int | None = None
+    errors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a candidate comes to on all items of the search and on the test items.
+
+    Attributes:
+        index: the candidate's.
+        search: by objective, on all of its search items.
+        test: by objective that has test items.
+        overfitted: objectives by which it is worse on the test items, see `optimizer.fitness.intervals.overfitted`.
+        items: per-item scores of the test items, by objective.
+        failure: why there are no values, or None.
+        seconds: what it took, by part.
+        worker: who did it.
+        cost: of what was measured.
+    """
+
+    index: int
+    search: Mapping[str, Interval] = field(default_factory=dict)
+    test: Mapping[str, Interval] = field(default_factory=dict)
+    overfitted: tuple[str, ...] = ()
+    items: Mapping[str, ItemScores] = field(default_factory=dict)
+    failure: Failure | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    worker: str = ""
+    cost: Cost = FREE
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Scores of items under one merge, kept beyond the candidate they were measured for.
+
+    Attributes:
+        measure: what was measured, see `optimizer.problem.ResolvedObjective.measure`.
+        fingerprint: of the recipe that was measured.
+        items: 16 bytes for each item, see `ResolvedObjective.item_digests`; each once.
+        scores: of these items, in the same order.
+    """
+
+    measure: str
+    fingerprint: str
+    items: bytes
+    scores: ItemScores
+
+    def split(self) -> list[bytes]:
+        """Return the items' digests one by one."""
+        return [self.items[first : first + 16] for first in range(0, len(self.items), 16)]
 
 
 @dataclass(frozen=True)
@@ -138,6 +196,7 @@ class JobLog:
         candidates: in order of their index, without gaps.
         evaluations: by candidate index, in the order in which they were recorded; a duplicate has none of its own.
         elapsed_s: running time so far.
+        verified: by index of the candidates whose verification was begun, in that order, whether it is over.
     """
 
     spec: JobSpec
@@ -145,6 +204,7 @@ class JobLog:
     candidates: Sequence[Candidate]
     evaluations: Mapping[int, Evaluation]
     elapsed_s: float
+    verified: Mapping[int, bool] = field(default_factory=dict)
 
 
 class RunStore(Protocol):
@@ -177,8 +237,20 @@ class RunStore(Protocol):
     def reject_enqueued(self, lease: Lease, enqueued_id: int, failure: Failure) -> None:
         """Mark an enqueued candidate as unusable, with the reason."""
 
-    def add_evaluation(self, lease: Lease, evaluation: Evaluation) -> bool:
-        """Commit an outcome, update the front and the counters; False if the candidate has an outcome already."""
+    def remembered(self, lease: Lease, measures: Sequence[str], fingerprint: str) -> list[Remembered]:
+        """Return what any job that still exists has kept of these measures of a merge, in the order of keeping."""
+
+    def add_evaluation(self, lease: Lease, evaluation: Evaluation, remembered: Sequence[Remembered] = ()) -> bool:
+        """Commit an outcome, update the front and the counters; False if the candidate has an outcome already.
+
+        In the same transaction ``remembered`` is kept until the job is deleted.
+        """
+
+    def begin_verification(self, lease: Lease, indices: Sequence[int]) -> None:
+        """Commit that these candidates are to be verified, in this order; those that are already stay as they are."""
+
+    def add_verification(self, lease: Lease, verification: Verification, remembered: Sequence[Remembered] = ()) -> bool:
+        """Commit a verification that was begun, and keep ``remembered``; False if it is over already."""
 
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
         """Record a new state; a paused or final one also gives up the lease.
@@ -192,17 +264,36 @@ class RunStore(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to evaluate; ``items`` and ``slopes`` as in `Candidate`."""
+    """A candidate to evaluate.
+
+    Attributes:
+        index: the candidate's.
+        recipe: plain data.
+        items: as in `Candidate`.
+        slopes: as in `Candidate`.
+        places: by objective, which of its items to measure, in this order (maybe none); None for those that ``items`` says.
+        test: by objective, which of its test items to measure.
+        race: when to stop before all items are measured; ``places`` are then in the shared order.
+    """
 
     index: int
     recipe: Mapping[str, Any]
     items: int | None = None
     slopes: bool = False
+    places: Mapping[str, NDArray[np.int64]] | None = None
+    test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    race: Terms | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker found: per-item scores, or a failure. Aggregation is the controller's."""
+    """What a worker found: per-item scores, or a failure. Aggregation is the controller's.
+
+    Attributes:
+        test: per-item scores of test items.
+        stopped: after how many items of the shared order the race was lost; None if it was not.
+        lost_to: number of the reference in the race.
+    """
 
     index: int
     scores: Mapping[str, ItemScores] = field(default_factory=dict)
@@ -211,6 +302,9 @@ class Result:
     worker: str = ""
     slopes: NDArray[np.float64] | None = None
     cost: Cost = FREE
+    test: Mapping[str, ItemScores] = field(default_factory=dict)
+    stopped: int | None = None
+    lost_to: int = 0
 
 
 class EvaluationPool(Protocol):

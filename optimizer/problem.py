@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +75,21 @@ class EvaluatorInfo(Strict):
     options_schema: dict[str, Any] = Field(default_factory=dict)
 
 
+@lru_cache(maxsize=64)
+def _unpacked(digests: str) -> NDArray[np.uint8]:
+    return np.frombuffer(base64.b64decode(digests), dtype=np.uint8).reshape(-1, 16)
+
+
+class TestItems(Strict):
+    """The items of an objective that no search sees."""
+
+    __test__ = False  # no test class, whatever pytest makes of the name
+
+    items: int = Field(ge=1, description="How many.")
+    data_digest: str = Field(description="SHA-256 over the items.")
+    digests: str = Field(default="", exclude=True, description="See `ResolvedObjective.digests`.")
+
+
 class ResolvedObjective(Strict):
     """An objective with its defaults filled in."""
 
@@ -94,6 +109,31 @@ class ResolvedObjective(Strict):
     differentiable: bool = Field(
         default=False, description="Whether workers can derive its likelihoods with respect to the weights."
     )
+    test: TestItems | None = Field(default=None, description="What the best are measured on at the end.")
+    # What depends on the installation, or is as long as the data, is found anew whenever the job is prepared.
+    measure: str = Field(
+        default="",
+        exclude=True,
+        description=(
+            "SHA-256 over all that an item's score depends on beside the merge and the item; empty where scores are not to "
+            "be remembered."
+        ),
+    )
+    digests: str = Field(
+        default="", exclude=True, description="Base64 of 16 bytes for each item; empty where they are unknown."
+    )
+
+    @property
+    def item_digests(self) -> NDArray[np.uint8]:
+        """What each item is known by: the beginning of the SHA-256 of its content, shape (items, 16); read-only."""
+        return _unpacked(self.digests)
+
+    @property
+    def test_items(self) -> ResolvedObjective:
+        """The same objective over its test items; raises ``ValueError`` where it has none."""
+        if self.test is None:
+            raise ValueError(f"{self.name} has no test items")
+        return self.model_copy(update=dict(self.test) | {"test": None})
 
 
 class Finding(Strict):

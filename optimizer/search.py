@@ -20,6 +20,7 @@ from optimizer.algorithms import Algorithm, AlgorithmContext, Outcome, Proposal
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import JobError
 from optimizer.fitness.aggregate import ItemScores, to_gains, to_losses
+from optimizer.fitness.racing import Rivals
 from optimizer.pareto import update_front
 from optimizer.phases import most_used, narrow, plan, translate
 from optimizer.ports import Candidate, Evaluation, Origin
@@ -94,6 +95,9 @@ class Search:
         self.space: JobSpace = make_space(spec, problem)
         self.candidates: list[Candidate] = []
         self.evaluations: dict[int, Evaluation] = {}
+        self._races = (
+            spec.fitness.racing.enabled and spec.endpoint is None and not any(o.whole for o in problem.objectives)
+        )
         self._queue = Queue(in_order=not spec.asynchronous)
         self._waiting: dict[int, None] = {}
         self._by_fingerprint: dict[str, list[int]] = {}
@@ -183,6 +187,23 @@ class Search:
             self._append(candidate)
 
     @property
+    def baselines(self) -> list[int]:
+        """The warm starts that the job began with and that were measured: candidates that no search has chosen."""
+        return [
+            candidate.index
+            for candidate in self.candidates
+            if candidate.origin == "warm_start"
+            and candidate.told == 0
+            and candidate.duplicate_of is None
+            and (found := self.evaluations.get(candidate.index)) is not None
+            and found.values is not None
+        ]
+
+    def recipe_of(self, index: int) -> Recipe:
+        """The recipe of a recorded candidate."""
+        return self._recipe(self.candidates[index])
+
+    @property
     def waiting(self) -> list[Candidate]:
         """Candidates that need an evaluation and have none, by index."""
         return [self.candidates[index] for index in self._waiting]
@@ -232,7 +253,7 @@ class Search:
         stage = _Stage(number, planned, cls(context, options), space, last)
         for candidate in self.candidates:
             evaluation = self.evaluations.get(self._source(candidate.index))
-            if evaluation is not None and candidate.items is None:
+            if evaluation is not None and candidate.items is None and evaluation.stopped is None:
                 outcome = self._outcome(stage, candidate, evaluation)
                 if outcome is not None:
                     stage.algorithm.tell(outcome)
@@ -245,8 +266,11 @@ class Search:
         experts = most_used(recipes, self.problem.experts, planned.keep_experts)
         return narrow(self.spec, self.problem, experts)
 
-    def _best(self) -> list[int]:
+    @property
+    def best(self) -> list[int]:
         """The front's candidates, that with the lowest weighted sum of normalised losses first."""
+        if not self._front.indices:
+            return []
         losses = self._front.losses
         weights = np.array([objective.weight for objective in self.problem.axes])
         spread = np.ptp(losses, axis=0)
@@ -256,13 +280,13 @@ class Search:
     def _start(self, space: JobSpace) -> Genome:
         if not self._front.indices:
             return space.uniform()
-        found, _ = translate(space, self._recipe(self.candidates[self._best()[0]]))
+        found, _ = translate(space, self._recipe(self.candidates[self.best[0]]))
         return space.uniform() if found is None else space.clip(found)
 
     def _handed_over(self) -> list[Candidate]:
         """The best of earlier phases in the words of the new one's space, where it could not be told of them."""
         wanted: list[Candidate] = []
-        for index in self._best()[:HANDED_OVER] if self._front.indices else []:
+        for index in self.best[:HANDED_OVER]:
             near, exact = translate(self._stage.space, self._recipe(self.candidates[index]))
             if near is not None and not exact:
                 found = self._stage.space.recipe(self._stage.space.clip(near))
@@ -337,7 +361,17 @@ class Search:
             parents=proposal.parents,
             items=proposal.items,
             slopes=proposal.slopes,
+            rivals=self._rivals(proposal),
         )
+
+    def _rivals(self, proposal: Proposal) -> Rivals | None:
+        """Whom a proposal must not lose to, where its evaluation may be stopped."""
+        if not self._races or proposal.items is not None or proposal.slopes:
+            return None
+        rivals = self.algorithm.rivals()
+        if rivals is None:
+            return None
+        return replace(rivals, references=tuple(dict.fromkeys(self._source(index) for index in rivals.references)))
 
     def _candidate(self, genome: Genome | None, recipe: Recipe, *, label: str | None, origin: Origin) -> Candidate:
         return Candidate(
@@ -404,7 +438,7 @@ class Search:
         self._first -= _is_first(candidate)
         if candidate.duplicate_of is None and candidate.items is None:
             self._stage.since += 1
-            self._front.add(index, self._losses(evaluation) if _feasible(evaluation) else None)
+            self._front.add(index, self._losses(evaluation) if _joins(evaluation) else None)
         return True
 
     def _losses(self, evaluation: Evaluation) -> NDArray[np.float64] | None:
@@ -432,8 +466,9 @@ class Search:
             violation=evaluation.violation,
             own=candidate.origin == "algorithm" and candidate.phase == stage.number,
             gains=self._gains(stage.algorithm, evaluation),
-            items=candidate.items,
+            items=candidate.items if evaluation.stopped is None else evaluation.stopped,
             slopes=self._slopes(stage, evaluation),
+            lost=evaluation.stopped is not None,
         )
 
     def _slopes(self, stage: _Stage, evaluation: Evaluation) -> NDArray[np.float64] | None:
@@ -458,11 +493,14 @@ def _is_first(candidate: Candidate) -> bool:
 
 def _serves(earlier: Candidate, wanted: Candidate) -> bool:
     """Whether the outcome of ``earlier`` is all that ``wanted``, of the same recipe, asks for."""
+    if earlier.rivals is not None and wanted.rivals is None:
+        return False  # it may be stopped before it is measured on all items
     return earlier.items == wanted.items and (earlier.slopes or not wanted.slopes)
 
 
-def _feasible(evaluation: Evaluation) -> bool:
-    return evaluation.values is not None and evaluation.violation <= 0
+def _joins(evaluation: Evaluation) -> bool:
+    """Whether it may join the front."""
+    return evaluation.values is not None and evaluation.violation <= 0 and evaluation.stopped is None
 
 
 def _seed(seed: int, phase: int) -> int:

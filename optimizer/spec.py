@@ -309,6 +309,13 @@ class Objective(Strict):
         default=None,
         description="Name of a set of the owner's to measure on, in place of `data`, where an `endpoint` has the models.",
     )
+    test: DataSpec | None = Field(
+        default=None,
+        description=(
+            "Items that the search never sees, none of them one of `data`; what is best in the end is measured on them, "
+            "which shows what the search owes to luck with its own."
+        ),
+    )
     metric: str | None = Field(
         default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
     )
@@ -403,6 +410,65 @@ class Budget(Strict):
         default=None,
         ge=1,
         description="Stop after this many evaluations in a row that do not improve the front.",
+    )
+
+
+class Racing(Strict):
+    """Stops the evaluation of a candidate once it is clear that it loses."""
+
+    enabled: bool = Field(
+        default=False,
+        description=(
+            "Measure on more and more items, and stop where a candidate loses beyond doubt to those that the algorithm has "
+            "already (cma_es, nsga2, nsga3). Objectives must be means over their items."
+        ),
+    )
+    first_items: int = Field(
+        default=32, ge=8, le=1_000_000, description="Items of each objective before the first comparison."
+    )
+    factor: int = Field(default=2, ge=2, le=10, description="So many times as many before each further one.")
+    error: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Highest probability that a candidate is stopped which is no worse over all items.",
+    )
+
+
+class Verification(Strict):
+    """What is measured anew when the search is over, where objectives have test items."""
+
+    candidates: int = Field(
+        default=16,
+        ge=0,
+        le=10_000,
+        description="Most candidates of the front, the best by weighted loss first; with 0 nothing is measured anew.",
+    )
+    baselines: bool = Field(
+        default=True,
+        description=(
+            "Also the base, the experts and the uniform merge, which no search has chosen: where they are worse on the test "
+            "items as well, these are harder."
+        ),
+    )
+
+
+class Fitness(Strict):
+    """How candidates are judged with fewer evaluations of items."""
+
+    cache: bool = Field(
+        default=True,
+        description=(
+            "Take the scores of items that an earlier candidate, of this job or another, has for the same merge, instead of "
+            "measuring them again. They may differ in the last bits from what other batches would give."
+        ),
+    )
+    racing: Racing = Field(
+        default_factory=Racing, description="Stops the evaluation of a candidate once it is clear that it loses."
+    )
+    verification: Verification = Field(
+        default_factory=Verification,
+        description="What is measured anew when the search is over, where objectives have test items.",
     )
 
 
@@ -532,6 +598,9 @@ class JobSpec(Strict):
         ),
     )
     warm_starts: WarmStarts = Field(default_factory=WarmStarts, description="Candidates evaluated first.")
+    fitness: Fitness = Field(
+        default_factory=Fitness, description="How candidates are judged with fewer evaluations of items."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:

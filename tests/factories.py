@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from optimizer.geometry import Layout, make_layout
-from optimizer.problem import OperatorInfo, Problem, ResolvedObjective
+from optimizer.problem import OperatorInfo, Problem, ResolvedObjective, TestItems
 from optimizer.recipe import ModelId
 from optimizer.spec import Direction, JobSpec, ModelRef, parse_spec
 
@@ -61,6 +61,7 @@ def make_problem(spec: JobSpec, layers: int = 4) -> Problem:
                 at_least=objective.constraint.at_least if objective.constraint else None,
                 at_most=objective.constraint.at_most if objective.constraint else None,
                 items=_ITEMS,
+                test=TestItems(items=_ITEMS, data_digest=_digest(objective.test.path)) if objective.test else None,
                 data_digest=_digest(objective.data.path if objective.data else objective.name),
             )
             for objective in spec.objectives

@@ -20,9 +20,9 @@ def write_models(root: Path) -> None:
         tiny_bert(root / "models" / name, labels=labels, seed=seed)
 
 
-def write_data(root: Path, items: int = 24) -> None:
+def write_data(root: Path, items: int = 24, seed: int = 7) -> None:
     """Write ``root/data/<task>.jsonl`` with so many random texts and labels each."""
-    rng = random.Random(7)
+    rng = random.Random(seed)
     for name, labels in TASKS.items():
         rows = [{"text": " ".join(rng.choices(WORDS, k=5)), "label": rng.randrange(labels)} for _ in range(items)]
         path = root / "data" / f"{name}.jsonl"

@@ -34,10 +34,13 @@ def test_the_make_targets_it_names_exist() -> None:
 
 def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    job, fragment, search = (parse_document(block, "yaml", "job") for block in blocks)
+    job, fragment, search, thrift = (parse_document(block, "yaml", "job") for block in blocks)
     spec = parse_spec(job)
     varied = parse_spec(job | fragment)
     searched = parse_spec({key: value for key, value in job.items() if key != "algorithm"} | search)
+    thrifty = parse_spec(job | thrift)
+    assert thrifty.objectives[0].test is not None
+    assert thrifty.fitness.racing.enabled
     parse_options(spec.algorithm)
     assert len([parse_options(phase.algorithm) for phase in searched.phases]) > 1
     parse_operator_options(varied.merge.operator, varied.merge.options)

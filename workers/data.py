@@ -52,6 +52,21 @@ class Rows:
         """Every column that some row has, in order of appearance."""
         return list(dict.fromkeys(name for row in self.items for name in row))
 
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """Of each row the first 16 bytes of its SHA-256, see `digest_of`: what its scores are remembered under."""
+        return tuple(_short_digest(row) for row in self.items)
+
+    def contents(self, roles: Iterable[str]) -> tuple[bytes, ...]:
+        """Like `digests`, but over what the rows have in these roles only, whatever the columns are called.
+
+        Where the rows have none of the roles, everything counts but the column ``split``.
+        """
+        columns = {role: self._column(role) for role in roles if self.has(role)}
+        if not columns:
+            return tuple(_short_digest({k: v for k, v in row.items() if k != "split"}) for row in self.items)
+        return tuple(_short_digest({role: row.get(name) for role, name in columns.items()}) for row in self.items)
+
     def has(self, role: str) -> bool:
         """Whether there is a column for a role."""
         return self._column(role) in self.names
@@ -159,9 +174,18 @@ def digest_of(items: Iterable[Row]) -> str:
     """Return the SHA-256 over rows as canonical JSON, one a line; bytes and files stand as digests of their own."""
     digest = hashlib.sha256()
     for row in items:
-        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_canonical)
-        digest.update(text.encode("ascii") + b"\n")
+        digest.update(_line(row))
     return digest.hexdigest()
+
+
+def _short_digest(row: Row) -> bytes:
+    return hashlib.sha256(_line(row)).digest()[:16]
+
+
+def _line(row: Row) -> bytes:
+    """A row as canonical JSON."""
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_canonical)
+    return text.encode("ascii") + b"\n"
 
 
 def is_text(value: object) -> bool:

@@ -26,7 +26,7 @@ from workers.merging.configs import Configs
 from workers.merging.engine import Measurements, MergeEngine
 from workers.merging.operator import operator_info
 from workers.merging.plans import Origin, arranged
-from workers.model_card import CardFacts, model_card
+from workers.model_card import CardFacts, Score, model_card
 from workers.naming import canonical_names
 from workers.publishing import RECIPE, new_directory, sync, write_json
 from workers.safetensors_header import ALIGNMENT, DTYPES, layout_file, size_in_bytes
@@ -66,10 +66,11 @@ def export_checkpoint(
     *,
     head: str | None,
     title: str,
-    scores: Mapping[str, float],
+    scores: Mapping[str, Score],
     spec: JobSpec | None,
     progress: Callable[[float], None],
-    test_scores: Mapping[str, float] | None = None,
+    test_scores: Mapping[str, Score] | None = None,
+    overfitted: Sequence[str] = (),
     tokenizer_from: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
@@ -94,6 +95,7 @@ def export_checkpoint(
         spec: the job that found it, for the model card.
         progress: called with the share done, from 0 to 1.
         test_scores: on other data, by objective, for the model card.
+        overfitted: objectives of which the model card warns.
         tokenizer_from: model whose tokenizer, chat template and generation config it gets; that of ``head`` by default.
         overwrite: replace an earlier export that stands at ``out``.
         max_shard_bytes: a file of weights is no larger, unless one tensor alone is.
@@ -129,7 +131,7 @@ def export_checkpoint(
         if isinstance(configuration, dict):
             (partial / MERGEKIT).write_text(yaml.safe_dump(configuration, sort_keys=False), encoding="utf-8")
         reason = configuration if isinstance(configuration, str) else None
-        facts = CardFacts(title, head, tokenizer_from, scores, test_scores or {}, spec, reason)
+        facts = CardFacts(title, head, tokenizer_from, scores, test_scores or {}, spec, reason, overfitted=overfitted)
         (partial / "README.md").write_text(model_card(recipe, checkpoints, facts), encoding="utf-8")
         engine.verify()
     progress(1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from workers.merging.configs import load_config
 from workers.merging.engine import Measurements, MergeEngine
 from workers.merging.low_rank import matrix
 from workers.merging.spectral import Svd, one_thread, svd
-from workers.model_card import CardFacts, model_card
+from workers.model_card import CardFacts, Score, model_card
 from workers.naming import architecture, canonical_names, tied_output
 from workers.publishing import RECIPE, new_directory, write_json
 from workers.quiet import quiet
@@ -99,9 +99,11 @@ def export_adapter(
     rank: int,
     head: str | None,
     title: str,
-    scores: Mapping[str, float],
+    scores: Mapping[str, Score],
     spec: JobSpec | None,
     progress: Callable[[float], None],
+    test_scores: Mapping[str, Score] | None = None,
+    overfitted: Sequence[str] = (),
     overwrite: bool = False,
     measurements: Measurements | None = None,
     cache: Cache | None = None,
@@ -123,7 +125,7 @@ def export_adapter(
         out: directory to create.
         rank: of the factors.
         head: expert whose head is part of the adapter; None for the base's own, which is not.
-        title, scores, spec: for the model card, see `workers.export.export_checkpoint`.
+        title, scores, test_scores, overfitted, spec: for the model card, see `workers.export.export_checkpoint`.
         progress: called with the share done, from 0 to 1.
         overwrite: replace an earlier export that stands at ``out``.
         measurements: what operators such as Fisher merging know of the models.
@@ -155,7 +157,15 @@ def export_adapter(
         save_file(dict(sorted(writer.tensors.items())), partial / ADAPTER_WEIGHTS, {"format": "pt"})
         write_json(partial / ADAPTER_CONFIG, writer.config(recipe))
         write_json(partial / RECIPE, recipe.to_json())
-        facts = CardFacts(title, head, scores=scores, spec=spec, adapter_rank=rank)
+        facts = CardFacts(
+            title,
+            head,
+            scores=scores,
+            test_scores=test_scores or {},
+            spec=spec,
+            adapter_rank=rank,
+            overfitted=overfitted,
+        )
         card = model_card(recipe, checkpoints, facts)
         card = card.replace("library_name: transformers", "library_name: peft", 1)
         (partial / "README.md").write_text(card + _section(report), encoding="utf-8")

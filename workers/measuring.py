@@ -5,9 +5,9 @@ from __future__ import annotations
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,11 +24,15 @@ from optimizer.errors import (
 )
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.fitness.cost import FREE, Cost
+from optimizer.fitness.known import PlacedScores, Places, pick
 from optimizer.fitness.subset import item_order
 from optimizer.ports import Failure, Result, Task
-from optimizer.problem import Problem
+from optimizer.problem import Problem, ResolvedObjective
 from optimizer.spec import JobSpec
 from workers.evaluators.base import Evaluator, Scores
+
+_MOST_PARTS = 64
+_NONE: Places = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,53 @@ class Measure:
     axis: bool
     order: NDArray[np.int64]
     whole: bool
-    parts: dict[int, Evaluator] = field(default_factory=dict)
+    parts: dict[bytes, Evaluator] = field(default_factory=dict)
 
     def on(self, items: int | None) -> Evaluator:
         """The evaluator on the first ``items`` of the fixed order; all of them, as they come, where there are no more."""
-        if items is None or self.whole or items >= len(self.evaluator):
+        return self.at(self.first(items))
+
+    def first(self, items: int | None) -> Places | None:
+        """The first ``items`` of the fixed order; None for all as they come."""
+        return None if items is None or self.whole or items >= len(self.evaluator) else self.order[:items]
+
+    def together(self, wanted: Sequence[Places]) -> Places | None:
+        """All items that some objective wants: in its order, where all want the same; None for all as they come."""
+        same = all(np.array_equal(each, wanted[0]) for each in wanted)
+        found = wanted[0] if same else np.unique(np.concatenate(wanted))
+        return None if self.whole and len(found) else found
+
+    def at(self, places: Places | None) -> Evaluator:
+        """The evaluator on some of its items; on all, as they come, with None."""
+        if places is None or np.array_equal(places, np.arange(len(self.evaluator))):
             return self.evaluator
-        if items not in self.parts:
-            self.parts[items] = self.evaluator.subset(self.order[:items].tolist())
-        return self.parts[items]
+        key = places.tobytes()
+        if key not in self.parts:
+            if len(self.parts) >= _MOST_PARTS:
+                del self.parts[next(iter(self.parts))]
+            self.parts[key] = self.evaluator.subset(places.tolist())
+        return self.parts[key]
 
 
-def measures_of(spec: JobSpec, problem: Problem, evaluators: Sequence[Evaluator]) -> list[Measure]:
-    """Group objectives that differ only in metric and use, so that each forward pass is done once."""
+Score = Callable[[Measure, Evaluator], Scores]
+"""Runs the evaluator of a measure on the candidate."""
+
+
+def measures_of(
+    spec: JobSpec, problem: Problem, evaluators: Mapping[int, Evaluator], data: Literal["data", "test"] = "data"
+) -> list[Measure]:
+    """Group objectives that differ only in metric and use, so that each forward pass is done once.
+
+    Args:
+        spec: the job.
+        problem: its inputs as found.
+        evaluators: by number of the objective.
+        data: which items they are over.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
-    for number, objective in enumerate(spec.objectives):
-        same: dict[str, Any] = objective.model_dump(mode="json", include={"evaluator", "options", "data", "head"})
+    for number in evaluators:
+        objective = spec.objectives[number]
+        same: dict[str, Any] = objective.model_dump(mode="json", include={"evaluator", "options", data, "head"})
         groups[repr(same)].append(number)
     return [
         Measure(
@@ -79,13 +114,15 @@ def measures_of(spec: JobSpec, problem: Problem, evaluators: Sequence[Evaluator]
 
 
 def take(
-    measures: Sequence[Measure], items: int | None, score: Callable[[Measure, Evaluator], Scores]
+    measures: Sequence[Measure], items: int | None, score: Score, places: Mapping[str, Places] | None = None
 ) -> tuple[dict[str, ItemScores], Cost]:
     """Take all measures of a candidate.
 
     Args:
+        measures: of the job.
         items: how many items; None for all.
         score: runs the evaluator of a measure.
+        places: by objective which items, in this order, whatever ``items`` says; what is left out is not measured.
 
     Returns:
         The per-item scores by objective, and what they cost together.
@@ -93,15 +130,30 @@ def take(
     scores: dict[str, ItemScores] = {}
     cost = FREE
     for measure in measures:
-        found = score(measure, measure.on(items))
-        scores |= {objective: found[metric] for objective, metric in measure.objectives}
+        wanted = {name: places.get(name, _NONE) for name, _ in measure.objectives} if places is not None else None
+        at = measure.first(items) if wanted is None else measure.together(list(wanted.values()))
+        if at is not None and not len(at):
+            continue
+        found = score(measure, measure.at(at))
         cost += found.cost
-    return scores, cost
+        places_of = np.arange(len(measure.evaluator)) if at is None else at
+        for name, metric in measure.objectives:
+            scores[name] = found[metric] if wanted is None else _of(found[metric], places_of, wanted[name])
+    return {name: each for name, each in scores.items() if len(each.values)}, cost
 
 
-def check_data(problem: Problem, evaluators: Sequence[Evaluator]) -> None:
+def _of(scores: ItemScores, places: Places, wanted: Places) -> ItemScores:
+    """Those of the scores, which stand for items at ``places``, that are wanted."""
+    if np.array_equal(places, wanted):
+        return scores
+    found = pick(PlacedScores(places, scores), wanted)
+    assert found is not None  # noqa: S101  what was measured is what all objectives want together
+    return found
+
+
+def check_data(objectives: Sequence[ResolvedObjective], evaluators: Iterable[Evaluator]) -> None:
     """Raise `InputsChanged` if this node has other data under the job's paths than the job began with."""
-    for objective, evaluator in zip(problem.objectives, evaluators, strict=True):
+    for objective, evaluator in zip(objectives, evaluators, strict=True):
         if evaluator.digest != objective.data_digest:
             raise InputsChanged(
                 f"the data of objective {objective.name!r} on {socket.gethostname()} is not what the job began with",

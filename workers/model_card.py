@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from optimizer.fitness.intervals import Interval
 from optimizer.mergekit.methods import METHODS
 from optimizer.recipe import Leaf, Merge, Recipe, leaves
 from optimizer.spec import JobSpec
@@ -20,6 +21,8 @@ UNKNOWN = "not stated"
 FOUND = "A merge of fine-tuned models, found by a search with mergeopt."
 _MAX_CARD = 1_000_000  # bytes
 
+Score = float | Interval
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -29,8 +32,9 @@ class CardFacts:
         title: its heading.
         head: expert whose head and config the model has; None for the base's.
         tokenizer_from: model whose tokenizer it has, if not that of ``head``.
-        scores: on the data that the search saw, by objective.
+        scores: on the data that the search saw, by objective; with its interval where it is known.
         test_scores: on other data, by objective.
+        overfitted: objectives by which the model is worse on other data than chance explains.
         spec: the job that found it.
         no_mergekit: why there is no ``mergekit.yml``; None where there is one.
         adapter_rank: of the adapter that was written in place of a whole model.
@@ -39,11 +43,12 @@ class CardFacts:
     title: str
     head: str | None = None
     tokenizer_from: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)
-    test_scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    test_scores: Mapping[str, Score] = field(default_factory=dict)
     spec: JobSpec | None = None
     no_mergekit: str | None = None
     adapter_rank: int | None = None
+    overfitted: Sequence[str] = ()
 
 
 def model_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], facts: CardFacts) -> str:
@@ -120,11 +125,25 @@ def _scores(facts: CardFacts) -> list[str]:
     if not facts.scores and not facts.test_scores:
         return []
     rows = [
-        (name, *(f"{found[name]:.6g}" if name in found else "" for found in (facts.scores, facts.test_scores)))
+        (name, *(_score(found[name]) if name in found else "" for found in (facts.scores, facts.test_scores)))
         for name in {**facts.scores, **facts.test_scores}
     ]
     note = "" if facts.test_scores else " It was not measured on other data, so expect less than this there."
-    return ["## Scores", f"The search saw the search data.{note}", _table(("Objective", "Search", "Test"), rows)]
+    if any(isinstance(found, Interval) for found in facts.test_scores.values()):
+        note += " In brackets: 95 % bootstrap intervals over the items."
+    out = ["## Scores", f"The search saw the search data.{note}", _table(("Objective", "Search", "Test"), rows)]
+    if facts.overfitted:
+        out.append(
+            f"**Worse on the test data than chance explains: {_listed(facts.overfitted)}.** The intervals do not touch: the "
+            "search has fitted its own items, or the test items are harder. Trust the test column."
+        )
+    return out
+
+
+def _score(found: Score) -> str:
+    if isinstance(found, Interval):
+        return f"{found.value:.6g} ({found.low:.4g} to {found.high:.4g})"
+    return f"{found:.6g}"
 
 
 def _reproduce(recipe: Recipe, facts: CardFacts) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput, below
 from optimizer.geometry import Cuts, Layout
 from optimizer.parameter_space import parameter_problem
 from optimizer.phases import fields_of, plan
-from optimizer.problem import OperatorInfo, PlannedPhase, Problem, ResolvedObjective
+from optimizer.problem import OperatorInfo, PlannedPhase, Problem, ResolvedObjective, TestItems
 from optimizer.recipe import UNKNOWN_DIGEST, ModelId
 from optimizer.space import make_space, named_operators
 from optimizer.spec import DataSpec, JobSpec, MergeSpec, Objective, RangeVariable
@@ -20,12 +22,15 @@ from workers.compatibility import inspect, raise_on_errors
 from workers.data import Rows, load_rows, no_rows
 from workers.endpoint.prepare import prepare_endpoint
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs, parse_evaluator, resolve_metric
+from workers.evaluators.reference import ReferenceEvaluator
 from workers.grams import measure_grams
+from workers.identities import digest_of_files, measure_of
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
-from workers.references import check_experts
+from workers.references import check_experts, experts_of
 from workers.roots import Roots
+from workers.splits import Splits, check_disjoint
 
 
 def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = lambda found: found.digest) -> Problem:
@@ -44,6 +49,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     if spec.parameters:
         return _prepare_parameters(spec, roots)
     if spec.base is None:
+        _check_no_tests(spec)
         return prepare_endpoint(spec, roots)
     operator = _operator(spec)
     checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
@@ -55,6 +61,8 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     _check_calibration(spec)
     items = load_items(spec.merge.calibration, checkpoints, layout, roots)
     evaluators = make_evaluators(spec, roots, checkpoints)
+    tests = make_test_evaluators(spec, roots, checkpoints)
+    _check_splits(spec, evaluators, tests)
     refs = {"base": spec.base} | {expert.name: expert for expert in spec.experts}
     problem = Problem(
         models={
@@ -64,7 +72,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         layout=layout,
         operator=operator,
         operators=_named_operators(spec),
-        objectives=_resolved(spec, evaluators),
+        objectives=_resolved(spec, evaluators, tests),
         calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
@@ -79,7 +87,20 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     phases = plan(spec, problem)
     cuts = None if digest is quick_digest else _finest(phases)
     grams = None if cuts is None else measure_grams(checkpoints, layout, cuts)
-    return problem.model_copy(update={"phases": phases, "grams": grams})
+    identified = problem.objectives
+    if digest is not quick_digest and spec.fitness.cache:
+        identified = _identified(spec, problem, evaluators, tests, checkpoints)
+    return problem.model_copy(update={"phases": phases, "grams": grams, "objectives": identified})
+
+
+def _check_no_tests(spec: JobSpec) -> None:
+    for number, objective in enumerate(spec.objectives):
+        if objective.test is not None:
+            raise InvalidInput(
+                "the models of an endpoint are not measured on test items",
+                field=f"objectives.{number}.test",
+                remedy="leave it out; measure what you choose in a job of its own",
+            )
 
 
 def quick_digest(_: Checkpoint) -> str:
@@ -87,17 +108,89 @@ def quick_digest(_: Checkpoint) -> str:
     return UNKNOWN_DIGEST
 
 
+def _identified(
+    spec: JobSpec,
+    problem: Problem,
+    evaluators: Sequence[Evaluator],
+    tests: Mapping[int, Evaluator],
+    checkpoints: Mapping[str, Checkpoint],
+) -> list[ResolvedObjective]:
+    """The objectives, with what scores of their items are remembered under."""
+    heads = {objective.head or "base" for objective in spec.objectives}
+    files = {name: digest_of_files(checkpoints[name].path) for name in heads}
+    out = []
+    for number, (given, found, evaluator) in enumerate(
+        zip(spec.objectives, problem.objectives, evaluators, strict=True)
+    ):
+        head = given.head or "base"
+        others = _compared(spec, problem, evaluator, given.head)
+        measure = measure_of(spec, given, found.metric, evaluator, [problem.models[head].digest, files[head], others])
+        update: dict[str, Any] = {"measure": measure, "digests": _packed(evaluator)}
+        if found.test is not None:
+            update["test"] = found.test.model_copy(update={"digests": _packed(tests[number])})
+        out.append(found.model_copy(update=update))
+    return out
+
+
+def _packed(evaluator: Evaluator) -> str:
+    return base64.b64encode(b"".join(evaluator.item_digests)).decode()
+
+
+def _check_splits(spec: JobSpec, evaluators: Sequence[Evaluator], tests: Mapping[int, Evaluator]) -> None:
+    """Raise `InvalidData` where a test item is one of the search's."""
+    check_disjoint(
+        [
+            Splits(
+                objective.name,
+                evaluators[number].rows,
+                tests[number].rows if number in tests else None,
+                tuple(evaluators[number].columns),
+            )
+            for number, objective in enumerate(spec.objectives)
+        ]
+    )
+
+
 def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> list[Evaluator]:
     """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model."""
-    evaluators = []
-    for number, objective in enumerate(spec.objectives):
-        field = f"objectives.{number}"
-        cls, options = parse_evaluator(objective, number)
-        rows = read_rows(objective.data, cls, roots, field)
-        model_dir = checkpoints[objective.head or "base"].path if checkpoints else Path()
-        evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
-        check_experts(evaluators[-1], [expert.name for expert in spec.experts], field)
-    return evaluators
+    return [
+        _make_evaluator(spec, number, objective.data, "data", roots, checkpoints)
+        for number, objective in enumerate(spec.objectives)
+    ]
+
+
+def make_test_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> dict[int, Evaluator]:
+    """Make, for each objective that has test items, by its number, the evaluator on them."""
+    return {
+        number: _make_evaluator(spec, number, objective.test, "test", roots, checkpoints)
+        for number, objective in enumerate(spec.objectives)
+        if objective.test is not None
+    }
+
+
+def _make_evaluator(
+    spec: JobSpec,
+    number: int,
+    data: DataSpec | None,
+    which: str,
+    roots: Roots,
+    checkpoints: Mapping[str, Checkpoint],
+) -> Evaluator:
+    field, objective = f"objectives.{number}", spec.objectives[number]
+    cls, options = parse_evaluator(objective, number)
+    rows = read_rows(data, cls, roots, field, which)
+    path = checkpoints[objective.head or "base"].path if checkpoints else Path()
+    found = cls(options, Inputs(rows, path, field, roots.policy, roots))
+    check_experts(found, [expert.name for expert in spec.experts], field)
+    return found
+
+
+def _compared(spec: JobSpec, problem: Problem, evaluator: Evaluator, head: str | None) -> dict[str, str]:
+    """The digests of the experts that an objective compares with."""
+    if not isinstance(evaluator, ReferenceEvaluator):
+        return {}
+    names = experts_of(evaluator, head, [expert.name for expert in spec.experts])
+    return {name: problem.models[name].digest for name in names}
 
 
 def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
@@ -113,7 +206,9 @@ def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
                 remedy="use one that asks a service, or give `base` and `experts`",
             )
     problem = parameter_problem()
-    problem = problem.model_copy(update={"objectives": _resolved(spec, make_evaluators(spec, roots, {}))})
+    evaluators, tests = make_evaluators(spec, roots, {}), make_test_evaluators(spec, roots, {})
+    _check_splits(spec, evaluators, tests)
+    problem = problem.model_copy(update={"objectives": _resolved(spec, evaluators, tests)})
     space = make_space(spec, problem)
     for number, candidate in enumerate(spec.warm_starts.candidates):
         with below(f"warm_starts.candidates.{number}"):
@@ -121,14 +216,16 @@ def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
     return problem.model_copy(update={"phases": plan(spec, problem)})
 
 
-def _resolved(spec: JobSpec, evaluators: Sequence[Evaluator]) -> list[ResolvedObjective]:
+def _resolved(
+    spec: JobSpec, evaluators: Sequence[Evaluator], tests: Mapping[int, Evaluator]
+) -> list[ResolvedObjective]:
     return [
-        _resolve(number, objective, evaluator)
+        _resolve(number, objective, evaluator, tests.get(number))
         for number, (objective, evaluator) in enumerate(zip(spec.objectives, evaluators, strict=True))
     ]
 
 
-def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: str) -> Rows:
+def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: str, part: str = "data") -> Rows:
     """Read the rows that an evaluator measures on; none where it brings its own.
 
     Args:
@@ -136,21 +233,19 @@ def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: 
         cls: the evaluator.
         roots: where data may be.
         field: dotted path of what names them: ``objectives.0``.
+        part: under which name.
 
     Raises:
         InvalidInput, InvalidData: there must be data and are none, or the other way round; see `load_rows`.
     """
+    where = f"{field}.{part}"
     if cls.own_items and data is not None:
-        raise InvalidInput(
-            f"{cls.name} brings its own items", field=f"{field}.data", remedy="leave the data out; see its options"
-        )
+        raise InvalidInput(f"{cls.name} brings its own items", field=where, remedy="leave it out; see its options")
     if cls.own_items:
-        return no_rows(f"{field}.data")
+        return no_rows(where)
     if data is None:
-        raise InvalidInput(
-            f"{cls.name} needs data to measure on", field=f"{field}.data", remedy="name a file or a directory"
-        )
-    return load_rows(data, roots.path(data.path, f"{field}.data.path"), f"{field}.data")
+        raise InvalidInput(f"{cls.name} needs data to measure on", field=where, remedy="name a file or a directory")
+    return load_rows(data, roots.path(data.path, f"{where}.path"), where)
 
 
 def _operator(spec: JobSpec) -> OperatorInfo:
@@ -259,7 +354,7 @@ def _check_heads(spec: JobSpec, layout: Layout) -> None:
             )
 
 
-def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> ResolvedObjective:
+def _resolve(number: int, objective: Objective, evaluator: Evaluator, test: Evaluator | None) -> ResolvedObjective:
     metric, direction = resolve_metric(objective, evaluator, number)
     constraint = objective.constraint
     return ResolvedObjective(
@@ -274,4 +369,5 @@ def _resolve(number: int, objective: Objective, evaluator: Evaluator) -> Resolve
         data_digest=evaluator.digest,
         whole=metric in evaluator.whole_only,
         differentiable=evaluator.differentiable,
+        test=None if test is None else TestItems(items=len(test), data_digest=test.digest),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from workers.export_adapter import AdapterReport, export_adapter
 from workers.merging.cache import Cache
 from workers.merging.calibration import load_measurements
 from workers.merging.engine import Measurements, MergeEngine
+from workers.model_card import Score
 from workers.naming import canonical_names
 from workers.roots import Roots
 
@@ -114,7 +115,9 @@ def write_model(
     adapter_rank: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
-    scores: Mapping[str, float] | None = None,
+    scores: Mapping[str, Score] | None = None,
+    test_scores: Mapping[str, Score] | None = None,
+    overfitted: Sequence[str] = (),
     spec: JobSpec | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> AdapterReport | None:
@@ -122,7 +125,8 @@ def write_model(
 
     Args:
         opened: from `open_recipe`.
-        out, title, head, tokenizer_from, overwrite, max_shard_bytes, scores, spec, progress: see `export_checkpoint`.
+        out, title, head, tokenizer_from, overwrite, max_shard_bytes, scores, test_scores, overfitted, spec, progress: see
+            `export_checkpoint`.
         adapter_rank: write a LoRA adapter of this rank to the base instead of a whole model.
 
     Returns:
@@ -136,6 +140,8 @@ def write_model(
         "head": head,
         "title": title,
         "scores": scores or {},
+        "test_scores": test_scores,
+        "overfitted": overfitted,
         "spec": spec,
         "progress": progress,
         "overwrite": overwrite,

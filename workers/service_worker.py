@@ -10,9 +10,10 @@ from optimizer.ports import Result, Task
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
 from optimizer.spec import JobSpec
+from workers.evaluation import Later, measure, result_of, unseen_measures
 from workers.evaluators.base import Evaluator, Scores
 from workers.evaluators.service import ServiceEvaluator
-from workers.measuring import Measure, attempt, check_data, measures_of, take, timed
+from workers.measuring import Measure, attempt, check_data, measures_of, timed
 from workers.prepare import make_evaluators
 from workers.roots import Roots
 
@@ -30,8 +31,9 @@ class ServiceWorker:
     def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
         self._name = name
         evaluators = make_evaluators(spec, roots, {})
-        check_data(problem, evaluators)
-        self._measures = measures_of(spec, problem, evaluators)
+        check_data(problem.objectives, evaluators)
+        self._measures = measures_of(spec, problem, dict(enumerate(evaluators)))
+        self._tests = Later(partial(unseen_measures, spec, problem, roots, {}))
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the per-item scores of a candidate, or why it has none; raises as `attempt` does."""
@@ -46,5 +48,5 @@ class ServiceWorker:
             return evaluator.score(recipe, cancelled)
 
         with timed(seconds, "evaluate"):
-            scores, cost = take(self._measures, task.items, score)
-        return Result(task.index, scores, seconds=seconds, worker=self._name, cost=cost)
+            found = measure(task, self._measures, self._tests, score)
+        return result_of(task, found, self._name, seconds)

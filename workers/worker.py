@@ -19,9 +19,10 @@ from optimizer.space import make_groups
 from optimizer.spec import JobSpec, Workers
 from workers.alignment import align, vocabulary_of
 from workers.checkpoints import Checkpoint, open_checkpoints
+from workers.evaluation import Later, measure, result_of, unseen_measures
 from workers.evaluators.base import Evaluator, Scores
 from workers.evaluators.service import ServiceEvaluator
-from workers.measuring import Measure, attempt, check_data, measures_of, take, timed
+from workers.measuring import Measure, attempt, check_data, measures_of, timed
 from workers.merging.cache import Cache
 from workers.merging.calibration import Calibrations, check_items, load_items
 from workers.merging.engine import MergeEngine
@@ -63,10 +64,10 @@ class EvaluationWorker:
         )
         dtype = getattr(torch, spec.workers.dtype)
         self._models = ResidentModels(checkpoints, problem.layout, engine, device, dtype)
-        self._measures = measures_of(spec, problem, evaluators)
+        self._measures = measures_of(spec, problem, dict(enumerate(evaluators)))
         references = References(self._models, problem.models, cache)
-        for measure in self._measures:
-            references.provide(measure.evaluator, measure.head)
+        _provide(references, self._measures)
+        self._tests = Later(lambda: _provide(references, unseen_measures(spec, problem, roots, checkpoints)))
         self._objectives = [objective.name for objective in problem.axes]
         groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
         self._slopes = Slopes(self._models, engine, groups)
@@ -77,21 +78,23 @@ class EvaluationWorker:
 
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
         recipe = Recipe.parse(task.recipe)
+        if task.test:
+            self._tests()  # before the merge: experts may have to be asked about the test items, in the same model
         with timed(seconds, "merge"):
             self._models.apply(recipe)
 
-        def score(measure: Measure, evaluator: Evaluator) -> Scores:
+        def score(taken: Measure, evaluator: Evaluator) -> Scores:
             if isinstance(evaluator, ServiceEvaluator):
                 return evaluator.score(recipe, cancelled)
-            return evaluator.evaluate(self._models.model(measure.head, evaluator.auto_class), cancelled)
+            return evaluator.evaluate(self._models.model(taken.head, evaluator.auto_class), cancelled)
 
         with timed(seconds, "evaluate"):
-            scores, cost = take(self._measures, task.items, score)
+            found = measure(task, self._measures, self._tests, score)
         slopes = None
         if task.slopes:
             with timed(seconds, "slopes"):
                 slopes = self._slopes_of(task, cancelled)
-        return Result(task.index, scores, seconds=seconds, worker=self._name, slopes=slopes, cost=cost)
+        return result_of(task, found, self._name, seconds, slopes)
 
     def _slopes_of(self, task: Task, cancelled: Callable[[], bool]) -> NDArray[np.float64] | None:
         """The slopes at the model that was just scored; None where they cannot be had, which is no failure."""
@@ -100,19 +103,26 @@ class EvaluationWorker:
         objectives = {name: row for row, name in enumerate(self._objectives)}
         out: NDArray[np.float64] | None = None
         try:
-            for measure in filter(lambda measure: measure.axis, self._measures):
-                found = self._slopes.measure(measure.on(task.items), measure.head, cancelled)
+            for taken in filter(lambda taken: taken.axis, self._measures):
+                found = self._slopes.measure(taken.on(task.items), taken.head, cancelled)
                 if found is None:
                     return None
                 if out is None:
                     out = np.empty((2, len(objectives), *found.shape[1:]))
-                rows = [objectives[name] for name, _ in measure.objectives if name in objectives]
+                rows = [objectives[name] for name, _ in taken.objectives if name in objectives]
                 out[:, rows] = found[:, None]
         except torch.OutOfMemoryError:
             log.warning("no slopes: a backward pass does not fit into the GPU's memory")
             torch.cuda.empty_cache()
             return None
         return out if out is not None and np.isfinite(out).all() else None
+
+
+def _provide(references: References, measures: list[Measure]) -> list[Measure]:
+    """The measures, those against experts with what these say."""
+    for taken in measures:
+        references.provide(taken.evaluator, taken.head)
+    return measures
 
 
 def _check_inputs(problem: Problem, checkpoints: Mapping[str, Checkpoint], evaluators: Sequence[Evaluator]) -> None:
@@ -128,7 +138,7 @@ def _check_inputs(problem: Problem, checkpoints: Mapping[str, Checkpoint], evalu
                 f"the tokenizer of {name!r} on {socket.gethostname()} is not the one the job began with",
                 remedy="give all nodes the same files",
             )
-    check_data(problem, evaluators)
+    check_data(problem.objectives, evaluators)
 
 
 def device_of(workers: Workers) -> torch.device:

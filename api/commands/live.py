@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -72,30 +72,50 @@ class LiveJob:
         return Group(job_panel(self._job, elapsed), *(Text(line, style="dim") for line in self._lines))
 
 
+Data = dict[str, Any]
+
+
 def describe(event: EventView, objectives: list[str]) -> str | None:
     """Return an event as a line of text, or None for what is not worth one."""
-    data = event.data
-    match event.type:
-        case "job.state":
-            return f"job {data['state']}" + (f": {data['reason']}" if data.get("reason") else "")
-        case "candidate.evaluated":
-            return _candidate(data, objectives)
-        case "candidate.rejected":
-            return f"enqueued candidate {data['queued']} rejected: {data['message']}"
-        case "export.progress":
-            where = f" → {data['path']}" if data.get("path") else ""
-            return f"export of candidate {data['candidate']}: {data['state']} {data['progress']:.0%}{where}"
-        case "job.note":
-            return str(data["message"])
-        case _:
-            return None
+    if event.type == "candidate.evaluated":
+        return _candidate(event.data, objectives)
+    told = _TOLD.get(event.type)
+    return None if told is None else told(event.data)
 
 
-def _candidate(data: dict[str, object], objectives: list[str]) -> str:
+def _candidate(data: Data, objectives: list[str]) -> str:
     head = f"candidate {data['index']}" + (f" ({data['label']})" if data.get("label") else "")
     values = data.get("values")
     if not isinstance(values, list):
         return f"{head} {data['state']}"
     scores = "  ".join(f"{name} {number(value)}" for name, value in zip(objectives, values, strict=True))
-    part = f"  on {data['partial']} items" if data.get("partial") else ""
+    how = "stopped after" if data.get("stopped") else "on"
+    part = f"  {how} {data['partial']} items" if data.get("partial") else ""
     return f"{head}  {scores}{part}" + ("  on the front" if data.get("on_front") else "")
+
+
+def _state(data: Data) -> str:
+    return f"job {data['state']}" + (f": {data['reason']}" if data.get("reason") else "")
+
+
+def _verified(data: Data) -> str:
+    head = f"candidate {data['index']} on test items"
+    if data["state"] == "failed":
+        return f"{head}: failed"
+    scores = "  ".join(f"{name} {number(value)}" for name, value in data["test"].items())
+    return f"{head}  {scores}" + (f"  overfitted: {', '.join(data['overfitted'])}" if data["overfitted"] else "")
+
+
+def _export(data: Data) -> str:
+    where = f" → {data['path']}" if data.get("path") else ""
+    return f"export of candidate {data['candidate']}: {data['state']} {data['progress']:.0%}{where}"
+
+
+_TOLD: dict[str, Callable[[Data], str]] = {
+    "job.state": _state,
+    "job.note": lambda data: str(data["message"]),
+    "job.verifying": lambda data: f"{len(data['candidates'])} candidates to measure on test items",
+    "candidate.verified": _verified,
+    "candidate.rejected": lambda data: f"enqueued candidate {data['queued']} rejected: {data['message']}",
+    "export.progress": _export,
+}

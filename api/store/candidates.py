@@ -8,7 +8,7 @@ from typing import Any, get_args
 from sqlalchemy import ColumnElement, ColumnExpressionArgument, Select, and_, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from api.store import cursors, events, lifecycle, outcomes, rendering
+from api.store import cursors, events, lifecycle, outcomes, rendering, verifications
 from api.store.columns import utc_now
 from api.store.engine import Database
 from api.store.models import (
@@ -30,6 +30,7 @@ from optimizer.spec import CandidateInput, JobSpec
 _POINT = (
     CandidateRow.index,
     CandidateRow.values,
+    CandidateRow.errors,
     CandidateRow.on_front,
     CandidateRow.label,
     CandidateRow.origin,
@@ -86,6 +87,8 @@ class Candidates(Database):
             )
             return CandidateView(
                 **rendering.candidate_fields(row),
+                verification=verifications.views(session, job_id, [scored]).get(scored),
+                test_items=verifications.test_items(session, job, scored),
                 genome=None if row.genome is None else row.genome.tolist(),
                 recipe=recipe.recipe,
                 parents=row.parents,
@@ -113,8 +116,10 @@ class Candidates(Database):
             job = lifecycle.find_job(session, job_id)
             return FrontView(
                 objectives=rendering.objectives(job),
-                front=_points(session, select(*_POINT).where(scored, CandidateRow.on_front)),
-                baselines=_points(session, baselines.limit(_MOST_BASELINES)),
+                front=_verified(
+                    session, job_id, _points(session, select(*_POINT).where(scored, CandidateRow.on_front))
+                ),
+                baselines=_verified(session, job_id, _points(session, baselines.limit(_MOST_BASELINES))),
                 dominated=_sample(session, _is_dominated(whole), limit),
                 partial=_sample(session, _is_partial(scored), limit),
                 total=job.completed,
@@ -244,7 +249,7 @@ def _by_index(
         query = query.where(column < last if down else column > last)
     rows, more = cursors.split(session.scalars(query).all(), limit)
     return Page[CandidateSummary](
-        items=[rendering.candidate_summary(row) for row in rows],
+        items=_summaries(session, rows),
         next_cursor=cursors.encode(sort, rows[-1].index) if more else None,
     )
 
@@ -272,9 +277,20 @@ def _by_value(
         query = query.where(position < last if down else position > last)
     rows, more = cursors.split(session.execute(query).all(), limit)
     return Page[CandidateSummary](
-        items=[rendering.candidate_summary(candidate) for candidate, _ in rows],
+        items=_summaries(session, [candidate for candidate, _ in rows]),
         next_cursor=cursors.encode(order, rows[-1][1], rows[-1][0].index) if more else None,
     )
+
+
+def _summaries(session: Session, rows: Sequence[CandidateRow]) -> list[CandidateSummary]:
+    verified = verifications.views(session, rows[0].job_id, [row.index for row in rows]) if rows else {}
+    return [rendering.candidate_summary(row, verified.get(row.index)) for row in rows]
+
+
+def _verified(session: Session, job_id: str, points: list[Point]) -> list[Point]:
+    """The points with their verifications."""
+    found = verifications.views(session, job_id, [point.index for point in points])
+    return [point.model_copy(update={"verification": found.get(point.index)}) for point in points]
 
 
 def _points(session: Session, query: Select[*tuple[Any, ...]]) -> list[Point]:
@@ -283,6 +299,7 @@ def _points(session: Session, query: Select[*tuple[Any, ...]]) -> list[Point]:
         Point(
             index=index,
             values=values,
+            errors=errors,
             on_front=on_front,
             label=label,
             origin=origin,
@@ -290,7 +307,7 @@ def _points(session: Session, query: Select[*tuple[Any, ...]]) -> list[Point]:
             partial=items,
             violation=violation,
         )
-        for index, values, on_front, label, origin, phase, items, violation in rows
+        for index, values, errors, on_front, label, origin, phase, items, violation in rows
     ]
 
 

@@ -7,7 +7,7 @@ import secrets
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from api.store import events, lifecycle, rendering
+from api.store import events, lifecycle, rendering, verifications
 from api.store.candidates import find_candidate
 from api.store.columns import utc_now
 from api.store.engine import Database, expiry
@@ -140,6 +140,7 @@ def _task(session: Session, export: ExportRow) -> ExportTask:
     candidate = find_candidate(session, export.job_id, export.candidate)
     recipe = session.get_one(RecipeRow, (export.job_id, export.candidate))
     names = [objective["name"] for objective in job.objectives]
+    original = export.candidate if candidate.duplicate_of is None else candidate.duplicate_of
     return ExportTask(
         id=export.id,
         job_id=export.job_id,
@@ -151,6 +152,7 @@ def _task(session: Session, export: ExportRow) -> ExportTask:
         # Estimates on some of the items are not what a model card should say.
         scores=dict(zip(names, candidate.values or [], strict=True)) if candidate.items is None else {},
         options=ExportOptions.model_validate(export.options or {}),
+        verification=verifications.views(session, job.id, [original]).get(original),
     )
 
 

@@ -162,6 +162,8 @@ def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:
         best=[None] * len(spec.objectives),
         elapsed_s=0.0,
         cost={},
+        to_verify=0,
+        verified=0,
         created_at=utc_now(),
         started_at=None,
         finished_at=None,

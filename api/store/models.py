@@ -25,6 +25,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -35,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from api.store.columns import FloatArray, RowId, UtcDateTime
-from api.views import CandidateState, ExportState
+from api.views import CandidateState, ExportState, VerificationState
 from optimizer.ports import JobState, Origin, Request
 
 Json = JSON(none_as_null=True)
@@ -62,6 +63,7 @@ class Base(DeclarativeBase):
         dict[str, float]: Json,
         list[int]: Json,
         list[float]: Json,
+        list[str]: Json,
         list[float | None]: Json,
         list[dict[str, Any]]: Json,
     }
@@ -114,6 +116,8 @@ class JobRow(Base):
     best_loss: Mapped[float | None]
     elapsed_s: Mapped[float] = mapped_column(default=0.0)
     cost: Mapped[dict[str, float] | None] = mapped_column(default=dict)  # null before migration 0004
+    to_verify: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
+    verified: Mapped[int] = mapped_column(Integer, default=0, server_default=text("0"))
 
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
@@ -174,12 +178,16 @@ class CandidateRow(Base):
     genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64), deferred=True)
     duplicate_of: Mapped[int | None] = mapped_column(Integer)
     phase: Mapped[int] = mapped_column(SmallInteger, default=0, server_default=text("0"))
+    # How many items it was to be measured on, or after how many it was stopped, in which case `stopped` is set.
     items: Mapped[int | None] = mapped_column(Integer)
     slopes: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    rivals: Mapped[dict[str, Any] | None]  # `optimizer.fitness.racing.Rivals`
     created_at: Mapped[datetime]
 
     state: Mapped[CandidateState] = mapped_column(String(16), default="pending")
     values: Mapped[list[float] | None]
+    stopped: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    errors: Mapped[list[float] | None]  # standard errors of the values, where these are estimates
     violation: Mapped[float] = mapped_column(default=0.0)
     on_front: Mapped[bool] = mapped_column(default=False)
     failure: Mapped[dict[str, str] | None]
@@ -222,6 +230,64 @@ class ItemScoresRow(Base):
     job_id: Mapped[str] = _job_key()
     index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     objective: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    values: Mapped[NDArray[np.float32]] = mapped_column(FloatArray(32))
+    weights: Mapped[NDArray[np.float32] | None] = mapped_column(FloatArray(32))
+
+
+class VerificationRow(Base):
+    """What a candidate came to on all search items and on the test items; ``place`` is its number in the job's order."""
+
+    __tablename__ = "verifications"
+    __table_args__ = (_one_of("state", VerificationState),)
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    place: Mapped[int] = mapped_column(Integer)
+    state: Mapped[VerificationState] = mapped_column(String(16))
+    # By objective: value, low, high and number of items.
+    search: Mapped[dict[str, Any]]
+    test: Mapped[dict[str, Any]]
+    overfitted: Mapped[list[str]]
+    failure: Mapped[dict[str, str] | None]
+    seconds: Mapped[dict[str, float]]
+    cost: Mapped[dict[str, float]]
+    worker: Mapped[str] = mapped_column(Text)
+    finished_at: Mapped[datetime | None]
+
+
+class TestScoresRow(Base):
+    """Per-item scores of one objective's test items for a verified candidate, float32."""
+
+    __test__ = False  # no test class, whatever pytest makes of the name
+    __tablename__ = "test_scores"
+
+    job_id: Mapped[str] = _job_key()
+    index: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    objective: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    values: Mapped[NDArray[np.float32]] = mapped_column(FloatArray(32))
+    weights: Mapped[NDArray[np.float32] | None] = mapped_column(FloatArray(32))
+
+
+class ItemListRow(Base):
+    """Which items a job's remembered scores are of, 16 bytes each: most rows share one of a few lists."""
+
+    __tablename__ = "item_lists"
+
+    job_id: Mapped[str] = _job_key()
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    items: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class RememberedRow(Base):
+    """Scores of items under one merge, for whatever candidate or job asks the same; see `optimizer.ports.Remembered`."""
+
+    __tablename__ = "remembered_scores"
+
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    measure: Mapped[str] = mapped_column(String(64), primary_key=True)
+    item_list: Mapped[str] = mapped_column(String(64), primary_key=True)
+    # Who paid for it: it is forgotten with that job.
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     values: Mapped[NDArray[np.float32]] = mapped_column(FloatArray(32))
     weights: Mapped[NDArray[np.float32] | None] = mapped_column(FloatArray(32))
 

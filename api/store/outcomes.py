@@ -11,21 +11,29 @@ from numpy.typing import NDArray
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from api.store import events, rendering
+from api.store import events, memory, rendering
 from api.store.columns import utc_now
 from api.store.models import CandidateRow, ImprovementRow, ItemScoresRow, JobRow, ObjectiveValueRow, SlopesRow
 from optimizer.errors import Conflict, InvalidInput, NotFound
 from optimizer.fitness.cost import Cost
 from optimizer.pareto import update_front
-from optimizer.ports import Evaluation
+from optimizer.ports import Evaluation, Remembered
 
 # What a duplicate shows of its original; it is never on the front and cost no time itself.
-_SHARED = ("state", "values", "violation", "failure", "finished_at")
-_PENDING: dict[str, Any] = {"state": "pending", "values": None, "violation": 0.0, "failure": None, "finished_at": None}
+_SHARED = ("state", "values", "errors", "stopped", "violation", "failure", "finished_at")
+_PENDING: dict[str, Any] = {
+    "state": "pending",
+    "values": None,
+    "errors": None,
+    "stopped": False,
+    "violation": 0.0,
+    "failure": None,
+    "finished_at": None,
+}
 
 
-def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
-    """Record an outcome under the locked job; return whether the candidate had none before."""
+def record(session: Session, job: JobRow, evaluation: Evaluation, remembered: Sequence[Remembered] = ()) -> bool:
+    """Record an outcome under the locked job, and keep what is to be remembered; return whether there was none before."""
     candidate = session.get(CandidateRow, (job.id, evaluation.index))
     if candidate is None:
         raise NotFound(f"the job has no candidate {evaluation.index}", field="candidate")
@@ -47,6 +55,7 @@ def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
     job.cost = (Cost.of(job.cost) + evaluation.cost).to_json()
     _insert_items(session, job, evaluation)
     _insert_slopes(session, job, evaluation)
+    memory.keep(session, job, remembered)
     _share(session, job, candidate)
     events.append(session, job.id, _evaluated(job, candidate))
     return True
@@ -54,7 +63,10 @@ def record(session: Session, job: JobRow, evaluation: Evaluation) -> bool:
 
 def shared(original: CandidateRow | None) -> dict[str, Any]:
     """Return the outcome columns of a new candidate: its original's, or those of one that waits."""
-    return dict(_PENDING) if original is None else {name: getattr(original, name) for name in _SHARED}
+    if original is None:
+        return dict(_PENDING)
+    found = {name: getattr(original, name) for name in _SHARED}
+    return found | {"items": original.items} if original.stopped else found
 
 
 def insert_values(session: Session, job: JobRow, values: dict[int, list[float]]) -> None:
@@ -101,7 +113,9 @@ def _check(job: JobRow, evaluation: Evaluation) -> None:
         raise InvalidInput("an outcome has either values or a failure", field="values")
     if values is not None and len(values) != len(names):
         raise InvalidInput(f"{len(values)} values for {len(names)} objectives", field="values")
-    if not all(math.isfinite(number) for number in (evaluation.violation, *(values or ()))):
+    if len(evaluation.errors) not in (0, len(names)):
+        raise InvalidInput(f"{len(evaluation.errors)} errors for {len(names)} objectives", field="errors")
+    if not all(math.isfinite(number) for number in (evaluation.violation, *evaluation.errors, *(values or ()))):
         raise InvalidInput("not all values are finite", field="values", remedy="record a failure")
     unknown = sorted(set(evaluation.items) - set(names))
     if unknown:
@@ -120,7 +134,10 @@ def _fill(candidate: CandidateRow, evaluation: Evaluation) -> None:
     failure = evaluation.failure
     candidate.state = "completed" if failure is None else "failed"
     candidate.values = None if evaluation.values is None else list(evaluation.values)
+    candidate.errors = list(evaluation.errors) or None
     candidate.violation = evaluation.violation
+    if evaluation.stopped is not None:
+        candidate.items, candidate.stopped = evaluation.stopped, True
     candidate.failure = None if failure is None else {"code": failure.code, "message": failure.message}
     candidate.seconds = dict(evaluation.seconds)
     candidate.cost = evaluation.cost.to_json()
@@ -206,6 +223,8 @@ def _evaluated(job: JobRow, candidate: CandidateRow) -> events.Event:
         "on_front": candidate.on_front,
         "label": candidate.label,
         "partial": candidate.items,
+        "stopped": candidate.stopped,
+        "errors": candidate.errors,
         "progress": rendering.progress(job).model_dump(mode="json"),
     }
     return "candidate.evaluated", data

@@ -18,6 +18,7 @@ from api.views import (
     Page,
     Progression,
     TokenView,
+    VerificationView,
 )
 from optimizer.ports import JobState, Request
 from optimizer.recipe import ModelId
@@ -38,6 +39,7 @@ class ExportTask:
         recipe: of the candidate.
         spec: of the job.
         scores: the candidate's values by objective name; none where it was measured on some items only.
+        verification: what it came to when the search was over, if it was verified.
     """
 
     id: str
@@ -49,6 +51,7 @@ class ExportTask:
     spec: JobSpec
     scores: dict[str, float]
     options: ExportOptions = DEFAULT_EXPORT
+    verification: VerificationView | None = None
 
 
 @dataclass(frozen=True)

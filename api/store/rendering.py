@@ -23,6 +23,7 @@ from api.views import (
     PlannedPhaseView,
     Progress,
     TokenView,
+    VerificationView,
 )
 from optimizer.problem import Problem
 from optimizer.space import Variable, make_space
@@ -40,6 +41,8 @@ def progress(job: JobRow) -> Progress:
         front=job.front,
         elapsed_s=job.elapsed_s,
         cost=job.cost or {},
+        to_verify=job.to_verify,
+        verified=job.verified,
     )
 
 
@@ -82,9 +85,9 @@ def _phases(job: JobRow, problem: Problem) -> list[PhaseView]:
     return out
 
 
-def candidate_summary(row: CandidateRow) -> CandidateSummary:
+def candidate_summary(row: CandidateRow, verification: VerificationView | None = None) -> CandidateSummary:
     """Return a candidate as tables show it."""
-    return CandidateSummary(**candidate_fields(row))
+    return CandidateSummary(**candidate_fields(row), verification=verification)
 
 
 def candidate_fields(row: CandidateRow) -> dict[str, Any]:
@@ -98,6 +101,8 @@ def candidate_fields(row: CandidateRow) -> dict[str, Any]:
         "partial": row.items,
         "state": row.state,
         "values": row.values,
+        "errors": row.errors,
+        "stopped": row.stopped,
         "violation": row.violation,
         "on_front": row.on_front,
         "duplicate_of": row.duplicate_of,

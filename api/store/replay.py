@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Text, and_, cast, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from api.store import verifications
 from api.store.models import CandidateRow, JobRow, RecipeRow, SlopesRow
 from optimizer.fitness.cost import FREE, Cost
+from optimizer.fitness.racing import Rivals
 from optimizer.ports import Candidate, Evaluation, Failure, JobLog
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
@@ -71,6 +73,7 @@ def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[st
             candidates=_candidates(rows, _pending_recipes(session, job.id), read_recipe),
             evaluations=_evaluations(rows, _slopes(session, job.id)),
             elapsed_s=job.elapsed_s,
+            verified=verifications.states(session, job.id),
         )
 
 
@@ -109,6 +112,9 @@ def _rows(session: Session, job_id: str) -> Sequence[_Record]:
         _text(row.failure),
         _text(row.seconds),
         _text(row.cost),
+        row.stopped,
+        _text(row.errors),
+        _text(row.rivals),
     )
     # On the connection: the session would wrap every row once more.
     return session.connection().execute(query.where(row.job_id == job_id).order_by(row.index)).all()
@@ -119,7 +125,7 @@ def _candidates(
     pending: dict[int, dict[str, Any]],
     read_recipe: Callable[[int], dict[str, Any]],
 ) -> list[Candidate]:
-    all_parents = _parse([row[11] for row in rows])
+    all_parents, all_rivals = (_parse([row[column] for row in rows]) for column in (11, 22))
     # Unpacked by position: looking up columns by name would take as long again.
     return [
         Candidate(
@@ -134,8 +140,9 @@ def _candidates(
             tuple(parents),
             duplicate_of,
             phase,
-            items,
+            None if stopped else items,
             slopes,
+            None if rivals is None else Rivals.of(rivals),
         )
         for (
             index,
@@ -150,7 +157,10 @@ def _candidates(
             items,
             slopes,
             *_,
-        ), parents in zip(rows, all_parents, strict=True)
+            stopped,
+            _errors,
+            _rivals,
+        ), parents, rivals in zip(rows, all_parents, all_rivals, strict=True)
     ]
 
 
@@ -166,7 +176,7 @@ def _pending_recipes(session: Session, job_id: str) -> dict[int, dict[str, Any]]
 def _evaluations(rows: Sequence[_Record], slopes: Mapping[int, NDArray[np.float64]]) -> dict[int, Evaluation]:
     own = [row for row in rows if row[7] is None and row[12] in ("completed", "failed")]
     own.sort(key=lambda row: row[15] or 0)  # those from before there were numbers stay in front, by index
-    parsed = [_parse([row[column] for row in own]) for column in (16, 17, 18, 19)]
+    parsed = [_parse([row[column] for row in own]) for column in (16, 17, 18, 19, 21)]
     return {
         row[0]: Evaluation(
             row[0],
@@ -178,8 +188,10 @@ def _evaluations(rows: Sequence[_Record], slopes: Mapping[int, NDArray[np.float6
             row[14],
             slopes.get(row[0]),
             Cost(**cost) if cost else FREE,
+            row[9] if row[20] else None,
+            tuple(errors or ()),
         )
-        for row, values, failure, seconds, cost in zip(own, *parsed, strict=True)
+        for row, values, failure, seconds, cost, errors in zip(own, *parsed, strict=True)
     }
 
 

@@ -12,14 +12,25 @@ from typing import Any
 from sqlalchemy import Select, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from api.store import events, lifecycle, outcomes, replay
+from api.store import events, lifecycle, memory, outcomes, replay, verifications
 from api.store.columns import utc_now
 from api.store.engine import Database, expiry
 from api.store.models import CandidateRow, EnqueuedRow, ItemScoresRow, JobRow, RecipeRow
 from api.views import ObjectiveView
 from optimizer.errors import Conflict, LeaseLost
 from optimizer.fitness.aggregate import ItemScores
-from optimizer.ports import Candidate, Enqueued, Evaluation, Failure, JobLog, JobState, Lease, Request
+from optimizer.ports import (
+    Candidate,
+    Enqueued,
+    Evaluation,
+    Failure,
+    JobLog,
+    JobState,
+    Lease,
+    Remembered,
+    Request,
+    Verification,
+)
 from optimizer.problem import Problem
 from optimizer.space import make_space
 from optimizer.spec import CandidateInput, JobSpec
@@ -144,8 +155,16 @@ class Runs(Database):
             row.failure = {"code": failure.code, "message": failure.message}
             events.append(session, job.id, ("candidate.rejected", {"queued": enqueued_id, **row.failure}))
 
-    def add_evaluation(self, lease: Lease, evaluation: Evaluation) -> bool:
+    def remembered(self, lease: Lease, measures: Sequence[str], fingerprint: str) -> list[Remembered]:
+        """Return what any job that still exists has kept of these measures of a merge. Raises `LeaseLost`."""
+        with self.read() as session:
+            _check_lease(session.get(JobRow, lease.job_id), lease)
+            return memory.recall(session, measures, fingerprint)
+
+    def add_evaluation(self, lease: Lease, evaluation: Evaluation, remembered: Sequence[Remembered] = ()) -> bool:
         """Commit an outcome, update the front and the counters; False if the candidate has an outcome already.
+
+        In the same transaction ``remembered`` is kept until the job is deleted.
 
         Raises:
             LeaseLost: another controller has the job.
@@ -154,7 +173,28 @@ class Runs(Database):
             InvalidInput: values that are missing, too many, or not finite; scores of an unknown objective.
         """
         with self._leased(lease, "add_evaluation") as (session, job):
-            return outcomes.record(session, job, evaluation)
+            return outcomes.record(session, job, evaluation, remembered)
+
+    def begin_verification(self, lease: Lease, indices: Sequence[int]) -> None:
+        """Commit that these candidates are to be verified, in this order; those that are already stay as they are.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            NotFound: no such candidate.
+        """
+        with self._leased(lease, "begin_verification") as (session, job):
+            verifications.begin(session, job, indices)
+
+    def add_verification(self, lease: Lease, verification: Verification, remembered: Sequence[Remembered] = ()) -> bool:
+        """Commit a verification that was begun, and keep ``remembered``; False if it is over already.
+
+        Raises:
+            LeaseLost: another controller has the job.
+            NotFound: it was never begun.
+            InvalidInput: scores of an unknown objective, or numbers that are not finite.
+        """
+        with self._leased(lease, "add_verification") as (session, job):
+            return verifications.record(session, job, verification, remembered)
 
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
         """Record a new state; a paused or final one also gives up the lease. Raises `LeaseLost`.
@@ -277,6 +317,7 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
             "phase": candidate.phase,
             "items": candidate.items,
             "slopes": candidate.slopes,
+            "rivals": None if candidate.rivals is None else candidate.rivals.to_json(),
             "created_at": now,
         }
         # All rows of one statement have the same columns, so all name those of the outcome.
@@ -303,7 +344,11 @@ def _originals(session: Session, job: JobRow, candidates: Sequence[Candidate]) -
         else ()
     )
     found: dict[int | None, CandidateRow] = {row.index: row for row in rows}
-    known = {row.index: (row.fingerprint, row.items) for row in found.values() if row.duplicate_of is None}
+    known = {
+        row.index: (row.fingerprint, None if row.stopped else row.items)
+        for row in found.values()
+        if row.duplicate_of is None
+    }
     for candidate in candidates:
         if candidate.duplicate_of is None:
             known[candidate.index] = (candidate.fingerprint, candidate.items)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from optimizer.errors import JobError, from_validation
+from optimizer.fitness.racing import Rivals
 from optimizer.geometry import Cuts
 from optimizer.problem import PlannedPhase, Problem
 from optimizer.registry import Registry
@@ -60,6 +61,8 @@ class Outcome:
             an array of shape (items,) in which more is better (what is to be minimised stands negated). Empty when the
             evaluation failed.
         items: how many items of each objective it was measured on, where not on all.
+        lost: whether it was not measured on all because it is clear that it loses to one of its rivals
+            (`Algorithm.rivals`): its losses are estimates, and worse than that one's.
         slopes: where they were asked for, shape (2, objectives, groups, models + 1): how each objective's mean negative
             log-likelihood changes with the weights, by the job's coefficient groups. With g its gradient at the
             candidate θ, [0] holds the inner products ⟨g, θ_m − θ_base⟩ of the base (0) and the experts in the job's
@@ -76,6 +79,7 @@ class Outcome:
     gains: tuple[NDArray[np.float32], ...] = ()
     items: int | None = None
     slopes: NDArray[np.float64] | None = None
+    lost: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -179,6 +183,17 @@ class Algorithm(ABC):
     def batch_size(self) -> int:
         """How many candidates it likes to propose at once: its generation, or as many as run in parallel."""
         return self.context.parallel
+
+    def rivals(self) -> Rivals | None:
+        """Whom the next proposals must not lose to, where one that does is of no use to the algorithm any more.
+
+        Its evaluation is then stopped as soon as that is clear, and its outcome told as one that is `lost`. References
+        must have been told with all their items, and be feasible.
+
+        Returns:
+            A function of what was told; None where every proposal is to be measured as it asks.
+        """
+        return None
 
     @abstractmethod
     def ask(self, count: int) -> list[Proposal]:

@@ -37,6 +37,7 @@ from pydantic import Field
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.algorithms.scalarise import Scalarisation, Scalariser
+from optimizer.fitness.racing import Rivals
 from optimizer.mixed_normal import MixedNormal, choice_shares
 from optimizer.pending import Pending
 from optimizer.space import Genome
@@ -154,6 +155,7 @@ class CmaEs(Algorithm):
         self._own: list[_Told] = []
         self._late: list[_Told] = []
         self._foreign: list[Outcome] = []
+        self._bar: int | None = None
         self._number = -1
         self._first_number = 0  # of the run under way
 
@@ -187,6 +189,13 @@ class CmaEs(Algorithm):
         elif number >= self._first_number:
             self._late.append((outcome, False))
 
+    def rivals(self) -> Rivals | None:
+        """The last of those that the distribution learnt most from: whoever loses to it, would hardly be among them."""
+        weights = self._scalariser.linear
+        if self._bar is None or weights is None:
+            return None
+        return Rivals((self._bar,), "sum", tuple(weights.tolist()))
+
     def _enough(self) -> int:
         return max(int(np.ceil(self.options.close_after * self._population)), self._population // 2 + 1)
 
@@ -207,8 +216,15 @@ class CmaEs(Algorithm):
             return
         told = self._with_guests()
         scores = self._scalariser.rank([outcome for outcome, _ in told])
+        self._bar = self._last_of_the_better(told, scores)
         distribution.learn([outcome.genome for outcome, _ in told], [own for _, own in told], scores)
         self._late, self._foreign = [], []
+
+    def _last_of_the_better(self, told: list[_Told], scores: Vector) -> int | None:
+        """The worst among the better half of a generation that was measured on all items, by its index."""
+        order = [told[i][0] for i in np.argsort(scores, kind="stable")[: max(1, len(told) // 2)]]
+        whole = [outcome.index for outcome in order if outcome.feasible and outcome.items is None]
+        return whole[-1] if whole else self._bar
 
     def _with_guests(self) -> list[_Told]:
         """The generation, filled up with latecomers, the best first; a guest that beats it takes the place of its worst."""
@@ -227,6 +243,7 @@ class CmaEs(Algorithm):
     def _restart(self) -> MixedNormal:
         self._population, sigma = self._restarts.next(self._random)
         self._first_number, self._late = self._number + 1, []
+        self._bar = None
         space = self.context.space
         point = space.low + self._random.random(space.dim) * (space.high - space.low)
         return self._make(point, sigma)

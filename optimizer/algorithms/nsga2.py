@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Generation, Outcome, Proposal, algorithm
+from optimizer.fitness.racing import Rivals
 from optimizer.pareto import crowding_distance, nondominated_ranks
 from optimizer.variation import Variation, VariationOptions, first_population
 
 _LARGEST_DEFAULT = 100
 _SMALLEST_DEFAULT = 12
 _GENERATIONS = 60
+_RIVALS = 4
 
 
 @algorithm("nsga2")
@@ -49,6 +51,7 @@ class Nsga2(Algorithm):
         self._variation = Variation(context.space, options, self._random)
         self._size = self._default_size() if options.population is None else int(options.population)
         self._pool: list[Outcome] = []  # the population, best first, and what was told since
+        self._parents: tuple[Outcome, ...] = ()
         self._queue: list[Proposal] = []
         self._generation: Generation | None = None
         self._number = -1
@@ -65,6 +68,7 @@ class Nsga2(Algorithm):
         if self._generation is None:
             self._number += 1
             self._pool = self._select(self._pool)
+            self._parents = tuple(self._pool)
             self._queue = self._offspring() if self._seasoned() else self._first()
             self._generation = Generation(len(self._queue))
         out, self._queue = self._queue[:count], self._queue[count:]
@@ -78,6 +82,14 @@ class Nsga2(Algorithm):
             self._pool.append(outcome)
         if outcome.own and self._generation is not None and self._generation.add(outcome):
             self._generation = None
+
+    def rivals(self) -> Rivals | None:
+        """The last of the population: whoever is dominated by one of them has no place among its better."""
+        whole = [outcome for outcome in self._parents if outcome.feasible and outcome.items is None]
+        last = whole[-_RIVALS:]
+        if len(self._parents) < self._size or not last:
+            return None
+        return Rivals(tuple(outcome.index for outcome in last), "each", (1.0,) * self.context.objectives)
 
     def _select(self, pool: Sequence[Outcome]) -> list[Outcome]:
         """Return the best outcomes, at most a population, best first."""

@@ -57,6 +57,11 @@ class Scalariser:
         ]
         return ranked_losses(combined, np.ones(1))
 
+    @property
+    def linear(self) -> NDArray[np.float64] | None:
+        """The weights of the losses in a sum that ranks as this does, shape (objectives,); None if none does."""
+        return self._weights / self._spread if self._frozen and self._method == "weighted_sum" else None
+
     def _measure(self) -> None:
         if self._frozen or not self._seen:
             return

@@ -10,7 +10,7 @@ Rows = list[tuple[Any, ...]]
 
 
 def history(url: str, job_id: str) -> Rows:
-    """Return the sequence of candidates of a job with genomes, parents and scores, bit for bit."""
+    """Return the sequence of candidates of a job with genomes, parents, scores and verifications, bit for bit."""
     store = SqlStore(url)
     try:
         count = store.get_job(job_id).progress.proposed
@@ -31,5 +31,10 @@ def _row(store: SqlStore, job_id: str, index: int) -> tuple[Any, ...]:
         found.duplicate_of,
         tuple(found.parents),
         found.failure and found.failure["code"],
+        found.partial,
+        found.stopped,
+        None if found.errors is None else tuple(found.errors),
+        found.verification and found.verification.model_dump(exclude={"seconds", "finished_at"}),
+        str(found.test_items),
         None if found.values is None else tuple(found.values),
     )

@@ -378,7 +378,7 @@ def test_a_later_phase_is_told_of_the_candidates_before_it() -> None:
     assert stage.number == 2
     assert stage.algorithm.context.budget is not None
     assert stage.algorithm.context.budget < 40
-    best = search._recipe(search.candidates[search._best()[0]])
+    best = search._recipe(search.candidates[search.best[0]])
     adopted = stage.space.adopt(best)
     assert adopted is not None
     np.testing.assert_allclose(stage.algorithm.context.start, stage.space.clip(adopted))

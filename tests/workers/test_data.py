@@ -523,3 +523,25 @@ def test_digest_of_values_that_json_lacks(tmp_path: Path) -> None:
     assert rows.digest == again.digest
     other = load(write_parquet(tmp_path / "c.parquet", [{**items[0], "raw": b"\0\2"}]))
     assert other.digest != rows.digest
+
+
+@given(items=st.lists(st.dictionaries(st.text(max_size=4), json_values, max_size=4), min_size=1, max_size=4))
+def test_digests_of_rows_are_of_their_content(items: list[dict[str, Any]]) -> None:
+    rows = Rows(items, ["?"] * len(items), {}, "data", digest_of(items))
+    assert all(len(each) == 16 for each in rows.digests)
+    for one, digest in zip(items, rows.digests, strict=True):
+        assert digest.hex() == digest_of([one])[:32]
+
+
+def test_contents_are_what_the_roles_say(tmp_path: Path) -> None:
+    search = load(write_jsonl(tmp_path / "a.jsonl", [{"text": "one", "label": 1, "id": 1}]))
+    test = load(write_jsonl(tmp_path / "b.jsonl", [{"word": "one", "label": 1, "id": 2}]), columns={"text": "word"})
+    assert search.digests != test.digests
+    assert search.contents(["text", "label"]) == test.contents(["label", "text", "image"])
+    assert search.contents(["text", "id"]) != test.contents(["text", "id"])
+
+
+def test_contents_without_any_role_are_the_whole_row_but_its_split(tmp_path: Path) -> None:
+    rows = load(write_jsonl(tmp_path / "a.jsonl", [{"q": "one", "split": "search"}, {"q": "one", "split": "test"}]))
+    assert len(set(rows.contents(["text"]))) == 1
+    assert len(set(rows.digests)) == 2

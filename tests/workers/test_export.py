@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from optimizer.errors import Conflict, InfeasibleCandidate, InvalidInput, MergeoptError
+from optimizer.fitness.intervals import Interval
 from optimizer.geometry import Layout
 from optimizer.recipe import Leaf, Merge, Recipe, Selector
 from optimizer.spec import JobSpec
@@ -359,6 +360,12 @@ def test_the_card_says_what_was_measured_and_how_to_repeat_it(tmp_path: Path) ->
     assert "mergeopt merge recipe.json out --head one --root DIRECTORY" in card
     assert "not measured on other data" not in card
     assert yaml.safe_load((out / "mergekit.yml").read_text())["merge_method"] == "task_arithmetic"
+    assert "Worse on the test data" not in card
+    found = {"a": Interval(0.5, 0.25, 0.75, 8)}, {"a": Interval(0.125, 0.0, 0.2, 9)}
+    out = export(models, tmp_path / "fooled", [0.5], scores=found[0], test_scores=found[1], overfitted=["a"])
+    card = (out / "README.md").read_text()
+    assert "| a | 0.5 (0.25 to 0.75) | 0.125 (0 to 0.2) |" in card
+    assert "**Worse on the test data than chance explains: `a`.**" in card
     chain = make_recipe(models[0], "task_arithmetic", [0.5]).model_copy(
         update={"root": Merge(operator="linear", base=Leaf(model="base"), groups=[Selector()], coefficients=[[1.0]],
                               inputs=[make_recipe(models[0], "task_arithmetic", [0.25]).root])}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -113,6 +115,7 @@ class Evaluator(ABC):
             (`workers.evaluators.contributions`), and on a part they are the measure of that part.
         own_items: whether the items come from its options, so that an objective names no data.
         version: raise it when the same model and rows no longer give the same scores, so that none is read from a cache.
+        remembered: whether an item's score may be kept and taken for the same merge again; see also `depends_on`.
         digest: SHA-256 over the rows, as hexadecimal digits.
         tokens: that a model reads in an evaluation of all rows; 0 where it reads none, or where they are counted otherwise.
     """
@@ -126,6 +129,7 @@ class Evaluator(ABC):
     whole_only: frozenset[str] = frozenset()
     own_items: ClassVar[bool] = False
     version: ClassVar[int] = 1
+    remembered: ClassVar[bool] = True
 
     class Options(Strict):
         """Options of the evaluator; subclasses add fields with bounds and descriptions."""
@@ -172,6 +176,23 @@ class Evaluator(ABC):
         places = [rows.places[item] for item in items]
         part = dataclasses.replace(rows, items=chosen, places=places, digest=digest_of(chosen))
         return type(self)(self.options, dataclasses.replace(self._inputs, rows=part))
+
+    @property
+    def rows(self) -> Rows:
+        """The rows that it was made from; none where it has items of its own."""
+        return self._inputs.rows
+
+    @cached_property
+    def item_digests(self) -> tuple[bytes, ...]:
+        """What each item is known by, 16 bytes each: its content, or its place among items of the evaluator's own."""
+        rows = self._inputs.rows
+        if len(rows) == len(self):
+            return rows.digests
+        return tuple(hashlib.sha256(f"{self.digest}:{n}".encode()).digest()[:16] for n in range(len(self)))
+
+    def depends_on(self) -> Mapping[str, Any]:
+        """Return as plain data what scores depend on beside model, items, version and options: versions of others' code."""
+        return {"classes": {name: list(classes) for name, classes in self._inputs.rows.classes.items()}}
 
     @property
     def differentiable(self) -> bool:

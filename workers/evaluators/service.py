@@ -21,6 +21,9 @@ class ServiceEvaluator(Evaluator):
     """
 
     auto_class: ClassVar[str] = ""
+    remembered: ClassVar[bool] = (
+        False  # the service may change behind its address; evaluators keep its answers themselves
+    )
     uses_head: ClassVar[bool] = False
 
     @abstractmethod

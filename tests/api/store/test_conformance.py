@@ -23,7 +23,7 @@ from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
 from optimizer.fitness.aggregate import to_losses
 from optimizer.fitness.cost import Cost
 from optimizer.pareto import front_mask
-from optimizer.ports import Evaluation, Failure, Lease, Request, RunStore
+from optimizer.ports import Evaluation, Failure, Lease, Remembered, Request, RunStore, Verification
 from optimizer.problem import Grams, PlannedPhase
 from optimizer.recipe import Leaf, Merge, Recipe
 from optimizer.space import SPACES, JobSpace, SpaceKind, make_space
@@ -1276,8 +1276,12 @@ class TestDeletion:
         original = propose(store, lease, 2)[0]
         store.add_candidates(lease, [repeat(original, 2)])
         store.add_evaluation(
-            lease, scored(0, [0.5, 0.5], items={"language": items([1.0])}, slopes=np.ones((2, 2, 1, 4)))
+            lease,
+            scored(0, [0.5, 0.5], items={"language": items([1.0])}, slopes=np.ones((2, 2, 1, 4))),
+            [Remembered("m", "f", bytes(16), items([1.0]))],
         )
+        store.begin_verification(lease, [0])
+        store.add_verification(lease, Verification(0, items={"language": items([1.0])}))
         store.enqueue(lease.job_id, CandidateInput(genome=[0.0] * 8))
         store.create_export(lease.job_id, 0, None)
         task = store.claim_export("worker", TTL)

@@ -9,6 +9,7 @@ from typing import get_args
 import nevergrad  # noqa: F401  its import draws from the global generator, once
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from optimizer.algorithms import ALGORITHMS, Outcome
 from optimizer.algorithms.base import parse_options
@@ -226,6 +227,37 @@ def test_recovers_from_a_long_run_of_failures(case: Case, trouble: str) -> None:
     log = drive(algorithm, evaluate, count_for(case, 220), foreign=[space.low])
     assert_inside(log, space.low, space.high)
     assert best_loss(log) < 0.2, "it went on to search"
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+@every_case
+def test_losers_of_races_are_taken_in(case: Case, objectives: int) -> None:
+    """Whoever names rivals gets losers told: they must not stop it, mislead it, or change what it would replay."""
+    space = reals(3)
+    losses = smooth(space, objectives)
+    algorithm = case.make(make_context(space, objectives=objectives, parallel=2))
+    whole: dict[int, NDArray[np.float64]] = {}
+    lost = 0
+
+    def evaluate(index: int, genome: Genome, own: bool) -> Outcome:
+        nonlocal lost
+        rivals, values = algorithm.rivals(), losses(genome)
+        assert rivals == algorithm.rivals()
+        if rivals is not None and own:
+            assert set(rivals.references) <= set(whole), "a reference that was not measured on all items"
+            assert len(rivals.weights) == objectives
+            worse = [values - whole[reference] for reference in rivals.references]
+            if any((gap > 0).all() if rivals.rule == "each" else gap @ rivals.weights > 0 for gap in worse):
+                lost += 1
+                return Outcome(index, genome, values, own=own, items=5, lost=True)
+        whole[index] = values
+        return Outcome(index, genome, values, own=own)
+
+    log = drive(algorithm, evaluate, count_for(case, 120), foreign=[space.low])
+    replay(case.make(make_context(space, objectives=objectives, parallel=2)), log)
+    raced = case.name in ("cma_es", "nsga2", "nsga3") and case.options.get("scalarisation") != "tchebycheff"
+    assert (lost > 10) == raced
+    assert min(float(found.sum()) for found in whole.values()) < 0.3 * objectives
 
 
 @every_case

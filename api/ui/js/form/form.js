@@ -85,6 +85,7 @@ function specials(registries, heads, experts) {
     "objectives.*.options": options(null),
     "objectives.*.metric": (schema, context) => choiceWidget(schema, context, []),
     "objectives.*.data.columns": (schema, context) => rolesWidget(schema, context, () => dictWidget(schema, context)),
+    "objectives.*.test.columns": (schema, context) => rolesWidget(schema, context, () => dictWidget(schema, context)),
     "objectives.*.head": (schema, context) => {
       const widget = choiceWidget(schema, context, experts().map((name) => [name, name]));
       heads.add(widget);
@@ -101,6 +102,7 @@ function specials(registries, heads, experts) {
     "objectives.*": (widget) => widget.child("evaluator").onEntry?.((entry) => {
       widget.child("options").use(entry);
       widget.child("data").child("columns").use(entry);
+      widget.child("test").child("columns").use(entry);
       widget.child("metric").fill(Object.entries(entry?.metrics ?? {}).map(([name, direction]) => [name, `${name} (${direction})`]));
     }),
   };

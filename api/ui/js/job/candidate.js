@@ -4,11 +4,13 @@ import { button, card, h, replace } from "../core/dom.js";
 import { costText, dateTime, duration, objectiveTitle, plural, score } from "../core/format.js";
 import { copyText } from "../core/notify.js";
 import { layerPlan, tables } from "./coefficients.js";
+import { verification } from "./verification.js";
 import { heatmap } from "./heatmap.js";
 import { itemScores } from "./items.js";
 
 const ORIGINS = { algorithm: "proposed by the algorithm", warm_start: "warm start", user: "enqueued by a user" };
 const MOST_TABLES = 6;
+const STOPPED = "It had lost to a better candidate beyond doubt; its values are estimates";
 
 export function candidatePanel(model, page, onExport) {
   const body = h("div", { class: "candidate" });
@@ -48,6 +50,7 @@ function detail(model, candidate) {
     heading(candidate),
     candidate.failure && h("div", { class: "notice", "data-tone": "bad" }, h("strong", null, candidate.failure.code), h("span", null, candidate.failure.message)),
     candidate.values && values(model, candidate),
+    verification(model, candidate),
     facts(model, candidate),
     coefficients(model, candidate),
     items(model, candidate),
@@ -62,7 +65,8 @@ function heading(candidate) {
     h("h3", null, `#${candidate.index}${candidate.label ? ` · ${candidate.label}` : ""}`),
     candidate.on_front && h("span", { class: "badge", "data-tone": "accent" }, "on the front"),
     candidate.state !== "completed" && h("span", { class: "badge", "data-tone": candidate.state === "failed" ? "bad" : "neutral" }, candidate.state),
-    candidate.partial !== null && h("span", { class: "badge", title: "Estimates, which join no front" }, `measured on ${plural(candidate.partial, "item")} of each objective`),
+    candidate.partial !== null && h("span", { class: "badge", title: candidate.stopped ? STOPPED : "Estimates, which join no front" },
+      `${candidate.stopped ? "stopped after" : "measured on"} ${plural(candidate.partial, "item")} of each objective`),
     candidate.violation > 0 && h("span", { class: "badge", "data-tone": "warn" }, `violates constraints by ${score(candidate.violation)}`),
   );
 }
@@ -72,7 +76,7 @@ function values(model, candidate) {
     "div",
     { title: objectiveTitle(objective) },
     h("dt", null, objective.name, objective.direction && h("span", { class: "muted" }, objective.direction === "minimise" ? " ↓" : " ↑")),
-    h("dd", null, score(candidate.values[i])),
+    h("dd", null, score(candidate.values[i]), candidate.errors && h("span", { class: "small muted", title: "An estimate, with its 95 % error bar" }, ` ± ${score(1.96 * candidate.errors[i])}`)),
   )));
 }
 
@@ -121,8 +125,12 @@ function layers(plan) {
 }
 
 function items(model, candidate) {
-  const strips = model.objectives.map((objective) => itemScores(objective, candidate.items[objective.name] ?? [])).filter(Boolean);
-  return strips.length > 0 && h("section", null, h("h4", null, "Scores of the items"), strips);
+  const strips = (scores) => model.objectives.map((objective) => itemScores(objective, scores[objective.name] ?? [])).filter(Boolean);
+  const [searched, tested] = [strips(candidate.items), strips(candidate.test_items)];
+  return [
+    searched.length > 0 && h("section", null, h("h4", null, "Scores of the items"), searched),
+    tested.length > 0 && h("section", null, h("h4", null, "Scores of the test items"), tested),
+  ];
 }
 
 function recipe(candidate) {

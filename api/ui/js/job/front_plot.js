@@ -86,11 +86,11 @@ function figure(model, { x, y, partial }, size) {
   const best = front.front.filter(other);
   const estimated = partial ? front.partial.filter(shown) : [];
   const data = [
-    trace(estimated, { marker: { size: 6, symbol: "circle-open", color: token("--plot-muted"), opacity: 0.7 } }),
+    trace(estimated, { ...estimateBars(model, estimated, x, y), marker: { size: 6, symbol: "circle-open", color: token("--plot-muted"), opacity: 0.7 } }),
     trace(feasible, { marker: { size: 6, color: token("--plot-muted"), opacity: 0.45 } }),
     trace(infeasible, { marker: { size: 6, symbol: "x", color: token("--plot-muted"), opacity: 0.45 } }),
     staircase(model, front.front.filter(shown), x, y),
-    trace(best, { marker: { size: 9, color: token("--plot-front"), line: { width: 1, color: token("--surface") } } }),
+    trace(best, { ...errorBars(model, best, x, y), marker: { size: 9, color: token("--plot-front"), line: { width: 1, color: token("--surface") } } }),
     trace(baselines, baselineStyle(baselines, labelPlaces(model, baselines, [x, y], size))),
     trace(selectedPoint(model, shown), {
       marker: { size: 17, symbol: "circle-open", color: token("--plot-selected"), line: { width: 2.5 } },
@@ -117,9 +117,36 @@ function axisTitle(model, key, [more, less]) {
 function hover(model, point) {
   const title = point.label ? `<b>#${point.index}</b> ${plain(point.label)}` : `<b>#${point.index}</b>`;
   const values = model.objectives.map((objective, i) => `${plain(objective.name)}: ${score(point.values[i])}`);
+  const tests = model.objectives.filter(({ name }) => point.verification?.test[name])
+    .map(({ name }) => `${plain(name)} on test items: ${score(point.verification.test[name].value)}`);
+  values.push(...tests);
   if (point.partial) values.push(`measured on ${plural(point.partial, "item")} only`);
   if (point.violation > 0) values.push("violates a constraint");
   return [title, ...values].join("<br>");
+}
+
+/** The intervals of verified points on all search items, around what the search made of them. */
+function errorBars(model, points, x, y) {
+  if (!points.some((point) => point.verification?.state === "completed")) return {};
+  const bars = (key) => {
+    if (key === NUMBER) return undefined;
+    const { name } = model.objectives[key];
+    const arm = (end) => points.map((point) => {
+      const found = point.verification?.search[name];
+      return found ? Math.max(0, end === "high" ? found.high - point.values[key] : point.values[key] - found.low) : 0;
+    });
+    return { type: "data", symmetric: false, array: arm("high"), arrayminus: arm("low"), thickness: 1, width: 2, color: token("--plot-front") };
+  };
+  return { error_x: bars(x), error_y: bars(y) };
+}
+
+/** The 95 % error bars of estimates. */
+function estimateBars(model, points, x, y) {
+  if (!points.some((point) => point.errors)) return {};
+  const bars = (key) => (key === NUMBER ? undefined : {
+    type: "data", array: points.map((point) => (point.errors ? 1.96 * point.errors[key] : 0)), thickness: 0.7, width: 0, color: token("--plot-muted"),
+  });
+  return { error_x: bars(x), error_y: bars(y) };
 }
 
 const SYMBOLS = { base: "square", uniform: "star" };

@@ -103,6 +103,8 @@ function statistics(model) {
   const bar = h("div", { class: "bar", role: "progressbar", "aria-label": "Evaluations of the budget", "aria-valuemin": 0, "aria-valuemax": 100 }, fill);
   const evaluations = tile("Evaluations", bar);
   const front = tile("On the front");
+  const verified = tile("Verified");
+  verified.node.title = "Of the front and the baselines, measured on items that the search never saw";
   const failed = tile("Failed");
   const duplicates = tile("Duplicates");
   const elapsed = tile("Elapsed");
@@ -121,6 +123,8 @@ function statistics(model) {
     bar.setAttribute("aria-valuenow", percent);
     bar.dataset.tone = { completed: "ok", failed: "bad", paused: "warn" }[state] ?? "";
     setText(front.value, count(progress.front));
+    verified.node.hidden = !progress.to_verify;
+    setText(verified.value, `${count(progress.verified)} / ${count(progress.to_verify)}`);
     setText(failed.value, count(progress.failed));
     evaluations.node.title = costText(progress.cost);
     failed.value.dataset.tone = progress.failed ? "bad" : "";
@@ -128,6 +132,6 @@ function statistics(model) {
     best.forEach((one, i) => setText(one.value, score(model.job.best[i])));
     tick();
   };
-  const node = h("dl", { class: "stats" }, [evaluations, ...best, front, failed, duplicates, elapsed].map((one) => one.node));
+  const node = h("dl", { class: "stats" }, [evaluations, ...best, front, verified, failed, duplicates, elapsed].map((one) => one.node));
   return { node, update, tick };
 }

@@ -145,6 +145,18 @@ export class JobModel {
       if (data.index === this.selected) this.topics.touch("selected");
       if (data.values) this.addPoint(data);
     },
+    "job.verifying": (data) => {
+      this.job.progress.to_verify = data.to_verify;
+      for (const index of data.candidates) this.views.delete(index);
+      this.topics.touch("progress", "candidates");
+    },
+    "candidate.verified": (data) => {
+      this.job.progress = data.progress;
+      this.views.delete(data.index);
+      this.refreshFront();
+      this.topics.touch("progress", "candidates");
+      if (data.index === this.selected) this.topics.touch("selected");
+    },
     "candidate.enqueued": () => this.topics.touch("candidates"),
     "candidate.rejected": (data) => toast(`An enqueued candidate was rejected: ${data.message}`, "bad"),
     "export.progress": (data) => {
@@ -156,7 +168,7 @@ export class JobModel {
   };
 
   /** Draw a point that does not change the front without asking the server; everything else is asked for. */
-  addPoint({ index, values, violation = 0, on_front: onFront, label = null, partial = null }) {
+  addPoint({ index, values, errors = null, violation = 0, on_front: onFront, label = null, partial = null }) {
     // What violates a constraint, or was measured on some items only, is no best value.
     const improved = violation <= 0 && partial === null && this.#improve(values);
     if (improved) {
@@ -168,7 +180,7 @@ export class JobModel {
     if (onFront || listed || others.length >= DRAWN_POINTS) this.refreshFront();
     else if (!this.drawn.has(index)) {
       this.drawn.add(index); // an answer of the server may know more than the events that have come so far
-      others.push({ index, values, on_front: false, label, origin: "algorithm", partial, violation });
+      others.push({ index, values, errors, on_front: false, label, origin: "algorithm", partial, violation });
       this.front.total += 1;
       this.topics.touch("front");
     }

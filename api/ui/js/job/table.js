@@ -5,6 +5,7 @@ import { button, card, h, replace, select, setText } from "../core/dom.js";
 import { objectiveTitle, plural, score } from "../core/format.js";
 import { showError } from "../core/notify.js";
 import { refresher, same } from "../core/util.js";
+import { overfittedBadge } from "./verification.js";
 
 const PAGE = 50;
 const FILTERS = [["", "All candidates"], ["front", "On the front"], ["completed", "With scores"], ["partial", "On some items only"], ["failed", "Failed"], ["pending", "Pending"]];
@@ -95,8 +96,8 @@ export function candidateTable(model, page) {
     const who = [item.label, ORIGINS[item.origin], phase, generation].filter(Boolean).join(" · ");
     replace(row.node,
       h("td", null, row.choose),
-      h("td", null, outcome(item)),
-      model.objectives.map((_, i) => h("td", { class: "num" }, score(item.values?.[i]))),
+      h("td", null, outcome(item), overfittedBadge(item.verification)),
+      model.objectives.map((objective, i) => h("td", { class: "num" }, score(item.values?.[i]), tested(objective, item.verification))),
       h("td", { class: "who", title: who }, who));
   }
 
@@ -138,11 +139,18 @@ export function candidateTable(model, page) {
   return node;
 }
 
+/** Beneath a value: what it is on test items. */
+function tested({ name }, verification) {
+  const found = verification?.test[name];
+  return found && h("span", { class: "small muted tested", title: `On test items, ${score(found.low)} to ${score(found.high)}` }, `test ${score(found.value)}`);
+}
+
 function outcome(item) {
   if (item.duplicate_of !== null) return `same as #${item.duplicate_of}`;
   if (item.state === "failed") return h("span", { class: "badge", "data-tone": "bad", title: item.failure?.message }, item.failure?.code ?? "failed");
   if (item.state !== "completed") return h("span", { class: "badge" }, item.state);
   if (item.violation > 0) return h("span", { class: "badge", "data-tone": "warn" }, "violates");
-  if (item.partial !== null) return h("span", { class: "badge", title: "Measured on some items only: an estimate, which joins no front" }, plural(item.partial, "item"));
+  if (item.partial !== null) return h("span", { class: "badge", title: item.stopped ? "Stopped, having lost beyond doubt: an estimate, which joins no front" : "Measured on some items only: an estimate, which joins no front" },
+    `${item.stopped ? "stopped, " : ""}${plural(item.partial, "item")}`);
   return item.on_front ? h("span", { class: "badge", "data-tone": "accent" }, "front") : h("span", { class: "muted" }, "scored");
 }

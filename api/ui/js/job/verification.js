@@ -1,0 +1,39 @@
+// What a candidate came to on test items, beside what the search made of it.
+
+import { h } from "../core/dom.js";
+import { plural, score } from "../core/format.js";
+
+const OVERFITTED = "The interval on the test items lies entirely on the worse side of that on the search items: the search has fitted its items, or the test items are harder. Compare the baselines.";
+
+/** "0.71", with its 95 % interval beneath. */
+export function interval(found) {
+  if (!found) return h("span", { class: "muted" }, "–");
+  return [h("span", null, score(found.value)), h("span", { class: "small muted interval" }, `${score(found.low)} to ${score(found.high)}`)];
+}
+
+export function overfittedBadge(found) {
+  return found?.overfitted.length ? h("span", { class: "badge", "data-tone": "warn", title: OVERFITTED }, "overfitted") : null;
+}
+
+/** A table of the objectives on search and test items; null where the candidate is not verified. */
+export function verification(model, { verification: found }) {
+  if (!found) return null;
+  if (found.state === "waiting") return h("p", { class: "muted small" }, "It will be measured on test items.");
+  if (found.state === "failed") {
+    return h("div", { class: "notice", "data-tone": "bad" }, h("strong", null, "It could not be measured on test items"), h("span", null, found.failure?.message));
+  }
+  const worse = found.overfitted;
+  return h("section", { class: "verification" },
+    h("h4", null, "On items the search never saw"),
+    worse.length > 0 && h("div", { class: "notice", "data-tone": "warn" }, h("strong", null, `Overfitted: ${worse.join(", ")}`), h("span", null, OVERFITTED)),
+    h("table", { class: "grid" },
+      h("thead", null, h("tr", null, ["Objective", "Search items", "Test items"].map((name) => h("th", { scope: "col" }, name)))),
+      h("tbody", null, model.objectives.filter(({ name }) => found.search[name]).map((objective) => row(objective, found)))),
+    h("p", { class: "small muted" }, "With 95 % bootstrap intervals over the items."));
+}
+
+function row({ name }, { search, test, overfitted }) {
+  const sizes = [search[name], test[name]].filter(Boolean).map((one) => plural(one.items, "item")).join(", ");
+  return h("tr", { "data-overfitted": String(overfitted.includes(name)) },
+    h("th", { scope: "row", title: sizes }, name), h("td", { class: "num" }, interval(search[name])), h("td", { class: "num" }, interval(test[name])));
+}
