@@ -50,6 +50,7 @@ class EndpointWorker:
             [(problem.objectives[number].name, problem.objectives[number].metric) for number in question.numbers]
             for question in self._questions
         ]
+        self._whole = [any(problem.objectives[number].whole for number in found.numbers) for found in self._questions]
         self._session: str | None = None
         self._sets: list[str] = []
 
@@ -70,8 +71,8 @@ class EndpointWorker:
                 task.index, failure=self._failure(view, cancelled), seconds=seconds, worker=self._name, cost=cost
             )
         scores: dict[str, ItemScores] = {}
-        for question, part, metrics in zip(self._questions, view.parts, self._metrics, strict=True):
-            expected = question.positions(task.items, self._fewest)
+        wanted = zip(self._questions, self._positions(task), view.parts, self._metrics, strict=True)
+        for question, expected, part, metrics in wanted:
             _check_part(part, question.count if expected is None else len(expected))
             scores |= {name: _scores_of(part, metric) for name, metric in metrics}
         return Result(task.index, scores, seconds=seconds, worker=self._name, cost=cost)
@@ -82,8 +83,7 @@ class EndpointWorker:
                 session = self._session or self._open()
                 candidate = self._client.materialise(session, task.recipe, cancelled)
                 parts = [
-                    Part(set=name, items=question.positions(task.items, self._fewest))
-                    for name, question in zip(self._sets, self._questions, strict=True)
+                    Part(set=name, items=items) for name, items in zip(self._sets, self._positions(task), strict=True)
                 ]
                 view = self._client.evaluate(session, EvaluationRequest(candidate=candidate, parts=parts), cancelled)
             except (Gone, NotFound):  # it expired, or the server was started anew
@@ -93,6 +93,13 @@ class EndpointWorker:
                 raise ServiceUnavailable("the endpoint answers something else than it was asked", field=FIELD)
             return view
         raise ServiceUnavailable("the endpoint's sessions end before an evaluation does", field=FIELD)
+
+    def _positions(self, task: Task) -> list[list[int] | None]:
+        """Which items of each question a task is measured on; all where a metric is had of all together only."""
+        return [
+            None if whole else question.positions(task.items, self._fewest)
+            for question, whole in zip(self._questions, self._whole, strict=True)
+        ]
 
     def _open(self) -> str:
         session = self._client.open_session().id

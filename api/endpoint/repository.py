@@ -250,6 +250,7 @@ class Repository:
             name=name or digest,
             evaluator=wanted.evaluator,
             metrics=dict(made.metrics),
+            whole_only=sorted(made.whole_only),
             items=len(made),
             digest=digest,
             head=wanted.head,

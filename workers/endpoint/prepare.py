@@ -104,7 +104,8 @@ def _resolved(
     out = []
     for number, objective in enumerate(spec.objectives):
         question = next(part for part in questions if number in part.numbers)
-        metrics = found[questions.index(question)].metrics
+        measured = found[questions.index(question)]
+        metrics = measured.metrics
         metric = objective.metric if objective.metric is not None else next(iter(metrics))
         if metric not in metrics:
             raise InvalidInput(
@@ -124,6 +125,7 @@ def _resolved(
                 at_most=bounds.at_most if bounds else None,
                 items=question.count,
                 data_digest=question.digest,
+                whole=metric in measured.whole_only,
             )
         )
     return out

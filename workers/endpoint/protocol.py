@@ -56,6 +56,9 @@ class SetView(Answer):
     name: str = Field(description="The owner's name for it, or the digest of an uploaded set.")
     evaluator: str
     metrics: dict[str, Direction] = Field(description="Metric to its direction; the first is the default.")
+    whole_only: list[str] = Field(
+        default_factory=list, description="Metrics that only all items together have, not a part of them."
+    )
     items: int = Field(ge=1, description="Number of items.")
     digest: str = Field(pattern=Digest, description="Changes whenever the items, the evaluator or its options do.")
     head: str | None = Field(default=None, description="Whose head the merged model has.")
