@@ -36,6 +36,12 @@ def prepare_endpoint(spec: JobSpec, roots: Roots) -> Problem:
 def _prepared(spec: JobSpec, client: EndpointClient, view: RepositoryView, roots: Roots) -> Problem:
     _check_merge(spec.merge, view)
     _check_workers(spec, view)
+    if spec.fitness.racing.enabled:
+        raise InvalidInput(
+            "an endpoint is asked for all items at once, so no evaluation can be stopped in between",
+            field="fitness.racing.enabled",
+            remedy="leave it out",
+        )
     operators = {info.name: info for info in view.operators}
     questions = questions_of(spec, view, roots)
     problem = Problem(
