@@ -32,15 +32,24 @@ def test_the_make_targets_it_names_exist() -> None:
     assert {"demo", "test", "setup"} <= named <= set(targets)
 
 
-def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
+def examples() -> list[dict[str, Any]]:
+    """The README's YAML, in its order: the job first."""
     blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    job, fragment, search, thrift = (parse_document(block, "yaml", "job") for block in blocks)
+    return [parse_document(block, "yaml", "job") for block in blocks]
+
+
+def with_evaluator(name: str) -> dict[str, Any]:
+    """The example whose first objective has this evaluator, as a part of the job or as one of its own."""
+    job, *others = examples()
+    (found,) = (one for one in others if one.get("objectives", [{}])[0].get("evaluator") == name)
+    return found if "parameters" in found else job | found
+
+
+def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
+    job, fragment, search, *_ = examples()
     spec = parse_spec(job)
     varied = parse_spec(job | fragment)
     searched = parse_spec({key: value for key, value in job.items() if key != "algorithm"} | search)
-    thrifty = parse_spec(job | thrift)
-    assert thrifty.objectives[0].test is not None
-    assert thrifty.fitness.racing.enabled
     parse_options(spec.algorithm)
     assert len([parse_options(phase.algorithm) for phase in searched.phases]) > 1
     parse_operator_options(varied.merge.operator, varied.merge.options)
@@ -49,6 +58,37 @@ def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> 
         parse_operator_options(modifier.operator, modifier.options)
     assert [parse_evaluator(objective, n)[0].name for n, objective in enumerate(spec.objectives)] == ["causal_lm"] * 2
     assert operator_info(spec.merge.operator).name == spec.merge.operator
+
+
+def test_its_thrifty_job_is_one() -> None:
+    job, *others = examples()
+    (thrift,) = (one for one in others if "fitness" in one)
+    thrifty = parse_spec(job | thrift)
+    assert thrifty.objectives[0].test is not None
+    assert thrifty.fitness.racing.enabled
+
+
+def test_its_objectives_of_ones_own_are_such() -> None:
+    (task,) = (one for one in examples() if "task" in one)
+    for evaluator in ("lm_eval", "python"):
+        (objective,) = parse_spec(with_evaluator(evaluator)).objectives
+        assert parse_evaluator(objective, 0)[0].name == evaluator
+        assert objective.options.get("tasks", [task["task"]]) == [task["task"]]
+
+
+def test_its_graded_answers_are_generated_once() -> None:
+    graded = parse_spec(with_evaluator("generation"))
+    answers = [parse_evaluator(objective, n) for n, objective in enumerate(graded.objectives)]
+    assert [cls.name for cls, _ in answers] == ["generation"] * 3
+    assert answers[0][1] == answers[1][1], "one generation for correctness and length"
+
+
+@pytest.mark.parametrize("evaluator", ["http", "chat_mix"])
+def test_its_jobs_behind_services_are_such(evaluator: str) -> None:
+    job = {"name": "behind services", "budget": {"evaluations": 10}} | with_evaluator(evaluator)
+    spec = parse_spec(job)
+    assert spec.parameters
+    assert parse_evaluator(spec.objectives[0], 0)[0].name == evaluator
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))

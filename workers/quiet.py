@@ -13,6 +13,9 @@ ALONE = RLock()
 """While transformers loads a model it replaces parts of its own classes, such as how weights are tied, and puts back what it
 found; two threads at once would leave the replacements behind. Its verbosity is the process's as well."""
 
+_hushed = 0
+_before = logging.WARNING
+
 
 @contextmanager
 def quiet(least: int = logging.ERROR) -> Iterator[None]:
@@ -27,3 +30,21 @@ def quiet(least: int = logging.ERROR) -> Iterator[None]:
             transformers_logging.set_verbosity(verbosity)
             if bars:
                 transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Let transformers log errors only while the block runs, as `quiet` does, but in any number of threads at once."""
+    global _hushed, _before
+    with ALONE:
+        if not _hushed:
+            _before = transformers_logging.get_verbosity()
+            transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        _hushed += 1
+    try:
+        yield
+    finally:
+        with ALONE:
+            _hushed -= 1
+            if not _hushed:
+                transformers_logging.set_verbosity(_before)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
@@ -24,9 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from optimizer.spec import DataSpec
 from tests.workers.models import tiny_bert, tiny_bert_base, tiny_llama, tiny_segformer, tiny_vit
-from workers.data import Rows, load_rows
+from workers.data import Rows, load_rows, no_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs
 from workers.evaluators.reference import ReferenceEvaluator
+from workers.policy import Policy
+from workers.roots import NOTHING, Roots
 
 FIELD = "objectives.0"
 
@@ -42,10 +48,13 @@ class Case:
     Attributes:
         checkpoint: writes a checkpoint into a directory.
         rows: good rows of different lengths, at least five.
-        bad: for each role, values that must be refused.
+        bad: for each role, values that must be refused; none where the evaluator has no roles of its own.
         options: of the evaluator.
         smooth: a metric that changes a little when a model's weights do.
         loose: how much it may change with bfloat16, as a share.
+        own: of an evaluator with items of its own: writes rows into a directory, as its items, and returns the options that
+            name them.
+        policy: what the server must allow.
     """
 
     checkpoint: Callable[[Path], Path]
@@ -54,6 +63,8 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     smooth: str = "loss"
     loose: float = 0.1
+    own: Callable[[Path, Sequence[Row]], dict[str, Any]] | None = None
+    policy: Policy = NOTHING
 
 
 def words(count: int, seed: int = 0) -> str:
@@ -81,6 +92,22 @@ def mask(seed: int, size: tuple[int, int] = (11, 9), classes: int = 3) -> bytes:
     return as_png(np.where(random.random(values.shape) < 0.1, 255, values).astype(np.uint8))
 
 
+def rolling_task(directory: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """Write a task file of the harness, which predicts texts, with its data."""
+    return harness_task(directory, "texts", rows, output_type="loglikelihood_rolling", doc_to_target="{{text}}")
+
+
+def harness_task(directory: Path, name: str, rows: Sequence[Row], **config: Any) -> dict[str, Any]:
+    """Write a task file of the harness with its data; returns the options that name them, if ``directory`` is a root."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, "test_split": "test"}
+    common = {"task": name, **data, "doc_to_text": "", "metadata": {"version": 1.0}}
+    (directory / f"{name}.yaml").write_text(yaml.safe_dump({**common, **config}))
+    return {"include_path": str(directory), "tasks": [name]}
+
+
+FUNCTIONS = "tests.workers.evaluators.functions"
 TEXTS: list[Row] = [{"text": words(count, count)} for count in (3, 40, 1, 17, 90, 8, 25)]
 
 CASES: dict[str, Case] = {
@@ -192,6 +219,20 @@ CASES: dict[str, Case] = {
             "answer": [5, -1, "Z", "", True, 1.0],
         },
     ),
+    "lm_eval": Case(
+        checkpoint=tiny_llama,
+        rows=[{"text": words(count, count)} for count in (3, 40, 2, 17, 90, 8, 25)],
+        bad={},
+        smooth="bits_per_byte",
+        own=rolling_task,
+    ),
+    "python": Case(
+        checkpoint=tiny_llama,
+        rows=[{"text": words(count, count)} for count in (3, 40, 2, 17, 50, 8, 25)],
+        bad={},
+        options={"function": f"{FUNCTIONS}:likelihood"},
+        policy=Policy(entry_points=(f"{FUNCTIONS}:likelihood",)),
+    ),
 }
 
 
@@ -205,7 +246,14 @@ def build(name: str, checkpoint: Path, rows: Rows | Sequence[Row], **options: An
     """Return an evaluator over rows, with options given by name; one that compares with experts has asked two."""
     cls = EVALUATORS[name]
     rows = rows if isinstance(rows, Rows) else as_rows(rows)
-    evaluator = cls(cls.Options(**options), Inputs(rows, checkpoint, FIELD))
+    case = CASES[name]
+    inputs = Inputs(rows, checkpoint, FIELD, case.policy)
+    if case.own is not None:
+        directory = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        options = case.own(directory, rows.items) | options
+        inputs = Inputs(no_rows(f"{FIELD}.data"), checkpoint, FIELD, case.policy, Roots([directory]))
+    evaluator = cls(cls.Options(**options), inputs)
     if isinstance(evaluator, ReferenceEvaluator):
         evaluator.refer({str(seed): evaluator.observe(expert(name, checkpoint, seed)) for seed in (1, 2)})
     return evaluator

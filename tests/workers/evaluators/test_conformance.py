@@ -22,6 +22,8 @@ Scores = Mapping[str, ItemScores]
 Checkpoint = Callable[[str], Path]
 
 every_evaluator = pytest.mark.parametrize("name", sorted(CASES))
+with_data = pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if case.own is None))
+with_roles = pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if case.bad))
 
 
 def same(one: Scores, two: Scores, rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -33,6 +35,9 @@ def same(one: Scores, two: Scores, rtol: float = 0.0, atol: float = 0.0) -> None
 
 def test_every_evaluator_has_a_case() -> None:
     assert set(CASES) == set(EVALUATORS)
+    for name, case in CASES.items():
+        assert bool(case.bad) == bool(EVALUATORS[name].columns), name
+        assert (case.own is not None) == EVALUATORS[name].own_items, name
 
 
 @every_evaluator
@@ -42,8 +47,10 @@ def test_all_metrics_for_every_item(name: str, checkpoint: Checkpoint) -> None:
     scores = evaluator.evaluate(open_model(name, checkpoint(name)))
     assert len(evaluator) == len(case.rows)
     assert list(scores) == list(evaluator.metrics)
-    assert set(scores) <= set(EVALUATORS[name].metrics)
-    assert evaluator.whole_only <= set(EVALUATORS[name].metrics)
+    if EVALUATORS[name].metrics:  # else they depend on the options
+        assert set(scores) <= set(EVALUATORS[name].metrics)
+    assert evaluator.whole_only <= set(evaluator.metrics)
+    assert scores.cost.items == len(evaluator)
     for metric, items in scores.items():
         assert items.values.shape == (len(case.rows),), metric
         assert items.values.dtype == np.float32
@@ -99,6 +106,24 @@ def test_first_items_score_as_they_do_among_all(name: str, checkpoint: Checkpoin
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@every_evaluator
+def test_a_subset_keeps_its_order_and_has_a_digest_of_its_own(name: str, checkpoint: Checkpoint) -> None:
+    case = CASES[name]
+    model = open_model(name, checkpoint(name))
+    evaluator = build(name, checkpoint(name), case.rows, **case.options)
+    whole, part = evaluator.evaluate(model), evaluator.subset([4, 0, 2])
+    few = part.evaluate(model)
+    independent = [metric for metric in few if metric not in part.whole_only]
+    same(
+        {metric: ItemScores(whole[metric].values[[4, 0, 2]]) for metric in independent},
+        {metric: few[metric] for metric in independent},
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert len({evaluator.digest, part.digest, evaluator.subset([0, 4, 2]).digest}) == 3
+    assert part.digest == evaluator.subset([4, 0, 2]).digest
 
 
 @every_evaluator
@@ -176,11 +201,10 @@ def test_a_broken_model_has_no_finite_scores(name: str, checkpoint: Checkpoint) 
         assert not np.isfinite(items.values).any(), metric
 
 
-@every_evaluator
+@with_roles
 @pytest.mark.parametrize("place", [0, 4])
 def test_bad_values_are_refused_by_row(name: str, place: int, checkpoint: Checkpoint) -> None:
     case = CASES[name]
-    assert case.bad
     for role, values in case.bad.items():
         for value in [*values, None]:
             rows = [dict(row) for row in case.rows]
@@ -191,7 +215,7 @@ def test_bad_values_are_refused_by_row(name: str, place: int, checkpoint: Checkp
             assert f"line {place + 1}:" in caught.value.message, (role, value)
 
 
-@every_evaluator
+@with_roles
 def test_a_missing_column_is_named_with_those_that_exist(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
     for role in case.bad:
@@ -201,7 +225,7 @@ def test_a_missing_column_is_named_with_those_that_exist(name: str, checkpoint: 
         assert caught.value.field == f"{FIELD}.data.columns.{role}"
 
 
-@every_evaluator
+@with_data
 def test_columns_can_have_other_names(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
     model = open_model(name, checkpoint(name))
@@ -211,7 +235,7 @@ def test_columns_can_have_other_names(name: str, checkpoint: Checkpoint) -> None
     same(expected, build(name, checkpoint(name), rows, **case.options).evaluate(model))
 
 
-@every_evaluator
+@with_roles
 def test_an_unknown_role_is_refused(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
     with pytest.raises(InvalidData, match="no column role 'nonsense'") as caught:
