@@ -31,7 +31,7 @@ def expert_columns(space: SearchSpace) -> NDArray[np.int64] | None:
     rows, cols = space.table
     if cols < 2:
         return None
-    return np.concatenate([np.tile(np.arange(cols), rows), np.full(space.dim - rows * cols, -1)])
+    return np.concatenate([np.tile(np.arange(cols), rows), np.full(space.dim - rows * cols, -1)]).astype(np.int64)
 
 
 class Probes:

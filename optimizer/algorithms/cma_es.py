@@ -291,8 +291,10 @@ class CmaEs(Algorithm):
         """What is known and may be begun from: genomes, the best first, shape (n, dim)."""
         known = [outcome for outcome in self._foreign if outcome.feasible]
         known = [outcome for outcome in known if outcome.own or self.options.warm_start != "none"]
-        order = np.argsort(self._scalariser.rank(known), kind="stable") if known else []
-        return np.array([self.context.space.clip(known[i].genome) for i in order]).reshape(-1, self.context.space.dim)
+        if not known:
+            return np.empty((0, self.context.space.dim))
+        order = np.argsort(self._scalariser.rank(known), kind="stable")
+        return np.array([self.context.space.clip(known[i].genome) for i in order])
 
     def _first_distribution(self) -> MixedNormal:
         """Begin at the context's start, or where what is known is best."""
