@@ -31,7 +31,8 @@ def expert_columns(space: SearchSpace) -> NDArray[np.int64] | None:
     rows, cols = space.table
     if cols < 2:
         return None
-    return np.concatenate([np.tile(np.arange(cols), rows), np.full(space.dim - rows * cols, -1)]).astype(np.int64)
+    columns: NDArray[np.int64] = np.concatenate([np.tile(np.arange(cols), rows), np.full(space.dim - rows * cols, -1)])
+    return columns
 
 
 class Probes:

@@ -19,7 +19,6 @@ _MANY_EXPERTS = 12
 _KEPT_EXPERTS = 8
 _MANY_OBJECTIVES = 4
 _BASELINES_SHARE = 0.1
-_GENERATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -166,14 +165,14 @@ def _searches(features: _Features) -> list[tuple[AlgorithmSpec, int, str]]:
 
 
 def _probing(features: _Features, sketched: int) -> int:
-    """Evaluations of CMA-ES before the model: half of them, and enough for probes and two generations; 0 for none.
+    """Evaluations of CMA-ES before the model: half of them, and enough for probes and a generation; 0 for none.
 
     It keeps all where less than a generation would be left.
     """
     if features.objectives > 1 or features.columns < 2:
         return 0
     probes, generation = features.columns + 1, 4 + int(3 * np.log(features.variables))
-    spent = max(sketched // 2, features.known + probes + _GENERATIONS * generation)
+    spent = max(sketched // 2, features.known + probes + generation)
     spent = sketched if spent > sketched - generation else spent
     return spent if probes + 1 <= spent / 3 else 0
 

@@ -110,11 +110,14 @@ def _attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     On so few tokens it takes half the time of torch's own. Scores beyond 88 are no numbers here, and left to the worker.
     """
-    q, k, v = (x.unflatten(-1, (_HEADS, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    images, tokens, width = query.shape
+    q, k, v = (
+        x.reshape(images, -1, _HEADS, width // _HEADS).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+    )
     shares = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).exp_()
     sums = torch.bmm(shares, F.pad(v, (0, 1), value=1.0))
     mixed = sums[..., :-1] / sums[..., -1:]
-    return mixed.unflatten(0, (-1, _HEADS)).transpose(1, 2).flatten(2)
+    return mixed.reshape(images, _HEADS, tokens, -1).transpose(1, 2).flatten(2)
 
 
 def _flat(path: Path, layout: Layout) -> Tensor:
