@@ -19,6 +19,8 @@ STEP = 0.07
 """Of a range; at digits experts with strangers, whose losses turn at once: about 0.1 in a coefficient."""
 SMALLEST = 0.05
 """Of the usual scale."""
+SHARE = 1 / 3
+"""Of the budget that probes may take."""
 
 
 def expert_columns(space: SearchSpace) -> NDArray[np.int64] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from optimizer.algorithms.base import ALGORITHMS, Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
-from optimizer.expert_scales import expert_columns
+from optimizer.expert_scales import SHARE, expert_columns
 from optimizer.problem import PlannedPhase, Problem
 from optimizer.space import make_space
 from optimizer.spec import AlgorithmSpec, JobSpec
@@ -174,7 +174,7 @@ def _probing(features: _Features, sketched: int) -> int:
     probes, generation = features.columns + 1, 4 + int(3 * np.log(features.variables))
     spent = max(sketched // 2, features.known + probes + generation)
     spent = sketched if spent > sketched - generation else spent
-    return spent if probes + 1 <= spent / 3 else 0
+    return spent if probes <= SHARE * spent else 0
 
 
 def _search(features: _Features) -> tuple[AlgorithmSpec, str]:

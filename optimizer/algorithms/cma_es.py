@@ -41,7 +41,7 @@ from pydantic import Field
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.algorithms.scalarise import Scalarisation, Scalariser
-from optimizer.expert_scales import Probes, expert_columns
+from optimizer.expert_scales import SHARE, Probes, expert_columns
 from optimizer.mixed_normal import MixedNormal, choice_shares
 from optimizer.pending import Pending
 from optimizer.space import Genome
@@ -56,7 +56,6 @@ _BEST_SHARE = 0.1
 _FEWEST_BEST = 5
 _SMALLEST_SPREAD = 0.1
 _SHRINKAGE = 0.8
-_PROBES_SHARE = 1 / 3
 
 Vector = NDArray[np.float64]
 _Told = tuple[Outcome, bool]  # and whether the distribution drew it
@@ -234,7 +233,7 @@ class CmaEs(Algorithm):
         """Whose coefficients the variables are; None where experts are not probed."""
         columns = expert_columns(self.context.space) if self.options.probe_experts else None
         budget = self.context.budget
-        if columns is None or (budget is not None and columns.max() + 2 > _PROBES_SHARE * budget):
+        if columns is None or (budget is not None and columns.max() + 2 > SHARE * budget):
             return None
         return columns
 
