@@ -119,9 +119,11 @@ class Table(Domain):
     Args:
         space: a job's space in which `collapses`, or any box.
         with_base: whether the base is a vertex.
+        reach: how many of its task vectors each expert's vertex is away from the base; what a point has in sum may then
+            be as much. Points stay inside the bounds, vertices need not.
     """
 
-    def __init__(self, space: SearchSpace, *, with_base: bool) -> None:
+    def __init__(self, space: SearchSpace, *, with_base: bool, reach: float = 1.0) -> None:
         self.box = not collapses(space)
         rows, cols = (space.dim, 1) if self.box or not isinstance(space, MergeSpace) else space.table
         self.parts, self._cols = rows, cols
@@ -136,8 +138,10 @@ class Table(Domain):
         if self.box:
             self._fixed = [("low", np.zeros(shape)), ("high", np.ones(shape))]
         elif isinstance(space, MergeSpace):
+            reach = reach if space.problem.operator.uses_base else 1.0
             for column, name in enumerate(space.columns):
-                self._fixed.append((name, self._clip(np.broadcast_to(np.eye(cols)[column], shape))))
+                vertex = reach * self._clip(np.broadcast_to(np.eye(cols)[column], shape))
+                self._fixed.append((name, vertex))
             if with_base and space.problem.operator.uses_base:
                 self._fixed.append(("base", self._clip(np.zeros(shape))))
         self._modified = isinstance(space, MergeSpace) and bool(space.modifiers)
@@ -338,11 +342,11 @@ class Chains(Domain):
         return np.asarray(slopes[1][:, :, self._models])
 
 
-def make_domain(space: SearchSpace, *, with_base: bool) -> Domain:
-    """Return the domain of a job's space, or of any box."""
+def make_domain(space: SearchSpace, *, with_base: bool, reach: float = 1.0) -> Domain:
+    """Return the domain of a job's space, or of any box; see `Table` and `Chains`."""
     if isinstance(space, ChainSpace):
         return Chains(space, with_base=with_base)
-    return Table(space, with_base=with_base)
+    return Table(space, with_base=with_base, reach=reach)
 
 
 def starts(space: SearchSpace, given: Genome, kind: str) -> list[Genome]:

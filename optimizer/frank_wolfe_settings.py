@@ -8,6 +8,8 @@ from pydantic import Field
 
 from optimizer.spec import Strict
 
+REACH = 3.0
+
 
 class Settings(Strict):
     """Options of Frank-Wolfe merging."""
@@ -77,6 +79,16 @@ class Settings(Strict):
         ),
     )
     base_vertex: bool = Field(default=True, description="Whether the base is among the vertices, beside the experts.")
+    reach: float | None = Field(
+        default=None,
+        ge=1,
+        le=10,
+        description=(
+            "For weighted sums of task vectors: how many of an expert's task vectors its vertex is away from the base. With "
+            "1 merges stay in the convex hull of the models, as published; with more, coefficients may sum to as much, as "
+            f"those of task arithmetic do. By default {REACH:g} with line search, and 1 with harmonic steps."
+        ),
+    )
     h: float | None = Field(
         default=None,
         gt=0,
@@ -106,3 +118,8 @@ class Settings(Strict):
             "reach, is no larger."
         ),
     )
+
+    @property
+    def distance(self) -> float:
+        """`reach`, where it is not given that of the steps: a step that is not looked at had better be short."""
+        return self.reach or (REACH if self.step == "line_search" else 1.0)

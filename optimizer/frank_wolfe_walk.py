@@ -54,7 +54,7 @@ class Walk:
         self._context = context
         self._settings = settings
         self._random = random
-        self._domain = make_domain(context.space, with_base=settings.base_vertex)
+        self._domain = make_domain(context.space, with_base=settings.base_vertex, reach=settings.distance)
         self._exact = _wants_slopes(context, settings)
         self._together = settings.granularity == "model" and not self._domain.box
         self._reach = settings.step_size
@@ -216,7 +216,7 @@ class Walk:
 
     def _soft(self, here: Here, number: int, label: str) -> Asking:
         choice = self._distinct(here)
-        share = min(_FIRST_SHARE if number == 1 else _LATER_SHARE, 0.9 / len(choice))
+        share = min(_FIRST_SHARE if number == 1 else _LATER_SHARE, 0.9 / len(choice)) / self._settings.distance
         learn = self._by_slopes if self._exact else self._by_search
         found = yield from learn(here, choice, share, label)
         if found is not None and found.value < here.value:

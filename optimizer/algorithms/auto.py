@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from optimizer.algorithms.base import ALGORITHMS, Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.expert_scales import SHARE, expert_columns
 from optimizer.problem import PlannedPhase, Problem
 from optimizer.space import make_space
 from optimizer.spec import AlgorithmSpec, JobSpec
@@ -15,7 +18,7 @@ _FEW_EVALUATIONS = 250
 _MANY_EXPERTS = 12
 _KEPT_EXPERTS = 8
 _MANY_OBJECTIVES = 4
-_BASELINES_SHARE = 0.2
+_BASELINES_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class _Features:
         evaluations: the budget.
         differentiable: whether all objectives have slopes.
         asynchronous: whether outcomes are told in any order.
+        columns: how many experts have coefficients of their own, which CMA-ES probes; 0 where none have.
+        known: warm starts that are evaluated before anything else.
     """
 
     objectives: int
@@ -35,6 +40,8 @@ class _Features:
     evaluations: int
     differentiable: bool
     asynchronous: bool = False
+    columns: int = 0
+    known: int = 0
 
 
 @algorithm("auto")
@@ -66,6 +73,7 @@ class Auto(Algorithm):
         """See `Algorithm.phases`."""
         del options
         space = make_space(spec, problem)
+        columns = expert_columns(space)
         return _plan(
             _Features(
                 objectives=len(problem.axes),
@@ -74,6 +82,8 @@ class Auto(Algorithm):
                 evaluations=evaluations,
                 differentiable=all(objective.differentiable for objective in problem.axes),
                 asynchronous=spec.asynchronous,
+                columns=0 if columns is None else int(columns.max()) + 1,
+                known=len(spec.warm_starts.candidates) + len(space.warm_starts(spec)),
             )
         )
 
@@ -104,12 +114,14 @@ def _plan(features: _Features) -> list[PlannedPhase]:
     if first is not None:
         phases.append(first)
         left -= first.evaluations
+        features = replace(features, known=0)
     if features.experts >= _MANY_EXPERTS and features.differentiable and left >= 4 * features.experts:
         spent = max(1, left // 4)
         why = f"Frank-Wolfe chooses among {features.experts} experts by one backward pass for each step"
         phases.append(PlannedPhase(algorithm=AlgorithmSpec(name="frank_wolfe"), evaluations=spent, why=why))
         left -= spent
         kept = _KEPT_EXPERTS
+        features = replace(features, known=0, columns=min(features.columns, kept))
     for chosen, spent, why in _searches(replace(features, evaluations=left)):
         phases.append(PlannedPhase(algorithm=chosen, evaluations=spent, keep_experts=kept, why=why))
     return phases
@@ -132,16 +144,37 @@ def _baselines(features: _Features) -> PlannedPhase | None:
 
 
 def _searches(features: _Features) -> list[tuple[AlgorithmSpec, int, str]]:
-    """The main search, how many evaluations it gets, and why; one that only sketches is followed by one that polishes."""
+    """The main searches, how many evaluations each gets, and why; those that sketch are followed by one that polishes."""
     chosen, why = _search(features)
-    if chosen.name != "bayesian" or features.evaluations <= _FEW_EVALUATIONS:
+    if chosen.name != "bayesian":
         return [(chosen, features.evaluations, why)]
-    polish = _evolution(features)
-    left = features.evaluations - _FEW_EVALUATIONS
-    return [
-        (chosen, _FEW_EVALUATIONS, f"{why}: a model of the objectives finds good merges in few evaluations"),
-        (polish, left, f"{left} more evaluations than a model needs: evolution goes on from what it found"),
-    ]
+    sketched = min(features.evaluations, _FEW_EVALUATIONS)
+    probing = _probing(features, sketched)
+    found = []
+    if probing:
+        reason = f"{why}: each of {features.columns} experts is probed, as one that does not belong spoils every merge"
+        found.append((_evolution(features), probing, reason))
+    if probing < sketched:
+        reason = f"{why}: a model of the objectives finds good merges in few evaluations"
+        found.append((chosen, sketched - probing, reason))
+    left = features.evaluations - sketched
+    if left:
+        reason = f"{left} more evaluations than a model needs: evolution goes on from what it found"
+        found.append((_evolution(features), left, reason))
+    return found
+
+
+def _probing(features: _Features, sketched: int) -> int:
+    """Evaluations of CMA-ES before the model: half of them, and enough for probes and a generation; 0 for none.
+
+    It keeps all where less than a generation would be left.
+    """
+    if features.objectives > 1 or features.columns < 2:
+        return 0
+    probes, generation = features.columns + 1, 4 + int(3 * np.log(features.variables))
+    spent = max(sketched // 2, features.known + probes + generation)
+    spent = sketched if spent > sketched - generation else spent
+    return spent if probes <= SHARE * spent else 0
 
 
 def _search(features: _Features) -> tuple[AlgorithmSpec, str]:

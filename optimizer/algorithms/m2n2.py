@@ -18,6 +18,9 @@ from optimizer.niches.search import NicheSearch
 from optimizer.problem import Problem
 from optimizer.space import Genome, JobSpace
 from optimizer.spec import JobSpec
+from optimizer.tables import Table, TableSpace
+
+_SCALING = 0.3
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,15 @@ class M2n2(NicheSearch):
             description=(
                 "Whether a member may enter the archive again and, without attraction, mate with itself, as in "
                 "the released code. Without competition copies of a good candidate may then fill the archive early."
+            ),
+        )
+        scaling: float = Field(
+            default=_SCALING,
+            ge=0,
+            le=2,
+            description=(
+                "How far a child lies from the base, in tables over one: its task vector is multiplied by a factor whose "
+                "logarithm has this standard deviation. With 0 coefficients sum to about 1 for ever, as published."
             ),
         )
         crossover: bool = Field(default=True, description="Whether children have two parents; else they only mutate.")
@@ -144,8 +156,19 @@ class M2n2(NicheSearch):
         if not self.options.crossover:
             return Proposal(self._breeding.mutate(a.genome), generation, (a.index,))
         b = self._members[self._second(first)]
-        child = self._breeding.mutate(self._breeding.cross(a.genome, b.genome))
+        child = self._breeding.mutate(self._scaled(self._breeding.cross(a.genome, b.genome)))
         return Proposal(child, generation, tuple(dict.fromkeys((a.index, b.index))))
+
+    def _scaled(self, genome: Genome) -> Genome:
+        """A child nearer to the base or further away: its sum of coefficients stays, the base makes up for the experts'."""
+        space = self.context.space
+        if not (self.options.scaling and isinstance(space, TableSpace) and space.problem.operator.uses_base):
+            return genome
+        factor = float(np.exp(self._random.normal(scale=self.options.scaling)))
+        table = space.table(genome)
+        coefficients = table.coefficients * factor
+        coefficients[:, space.models.index("base")] += 1 - factor
+        return space.clip(Table(table.breaks, coefficients).encode())
 
     def _second(self, first: int) -> int:
         """The other parent; without attraction both are drawn by fitness, with replacement if copies are welcome."""

@@ -145,6 +145,30 @@ def _tables(rows: Found, rank: Any, cell: Any) -> list[str]:
     return out
 
 
+def auto_table(rows: Found) -> str:
+    """Return how far `auto` is behind the best of all algorithms and peers, problem by problem and budget by budget.
+
+    Phases that only a benchmark tries are no algorithms and do not count as the best.
+    """
+    lines = ["| problem | evaluations | `auto` | best | | behind |", "| --- | --- | --- | --- | --- | --- |"]
+    for problem in PROBLEMS:
+        for budget in sorted({row["budget"] for row in rows if row["problem"] == problem}):
+            mine = [
+                row for row in rows if (row["problem"], row["budget"]) == (problem, budget) and "+" not in row["who"]
+            ]
+            scores = {who: _mean([row for row in mine if row["who"] == who], "score") for who in _whos(mine)}
+            if "auto" not in scores:
+                continue
+            best = max(scores, key=lambda who: scores[who])
+            cells = [problem, f"{budget:,}", f"{scores['auto']:.2f}", _name(best), f"{scores[best]:.2f}"]
+            lines.append(f"| {' | '.join(cells)} | {scores[best] - scores['auto']:.2f} |")
+    return "\n".join(lines)
+
+
+def _whos(rows: Found) -> list[str]:
+    return list(dict.fromkeys(row["who"] for row in rows))
+
+
 def final_table(rows: Found, anchors: dict[str, dict[str, Any]]) -> str:
     """Return the losses on the test items: what is there without a search, and each algorithm at its largest budget."""
     problems = [problem for problem in PROBLEMS if problem in anchors]
@@ -198,6 +222,7 @@ def tables(out: Path) -> str:
     if runs := read(single):
         rows = single_rows(runs, read_anchors(single))
         parts += ["## One objective: final score / area under the best so far", *single_tables(rows)]
+        parts += ["## `auto` beside the best", auto_table(rows)]
         parts += [final_table(rows, read_anchors(single)), refusals(runs)]
     if runs := read(several):
         parts += [

@@ -11,11 +11,11 @@ import pytest
 from optimizer.algorithms.base import ALGORITHMS
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import Failure, Result, Task
-from tests.benchmarks.search import front, single_objective
-from tests.benchmarks.search.bench import Bench, Outcomes
+from tests.benchmarks.search import beyond, front, single_objective
+from tests.benchmarks.search.bench import Bench, Outcomes, best_of_front
 from tests.benchmarks.search.problems import PROBLEMS, cities
 from tests.benchmarks.search.runs import STAGES, Choice, algorithm_of, carry_out, read, slug, wishes
-from tests.benchmarks.search.table import baseline, several_rows, single_rows, tables
+from tests.benchmarks.search.table import auto_table, baseline, several_rows, single_rows, tables
 
 ABOUT = {
     "objectives": ["a", "b"],
@@ -75,6 +75,48 @@ def test_small_run_of_fronts(cache: Path) -> None:
 
     front.plot(measured, figure := Figure())
     assert len(figure.axes) == 1
+
+
+def test_a_new_job_begins_with_the_front_of_an_earlier_one(cache: Path) -> None:
+    measured = beyond.measure(["digits-2"], cache, 1, who=["random"], small=True)
+    (row,) = measured["warm_starts"]
+    cold, warm = row["from nothing"], row["from a job"]
+    assert len(cold) == len(warm) == 20 and 1 <= row["handed on"] <= 20
+    assert np.all(np.diff(cold) <= 0) and np.all(np.diff(warm) <= 0)
+    assert warm[row["handed on"] - 1] <= cold[3], "the earlier job had the same warm starts"
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    beyond.plot(measured, figure := Figure())
+    assert len(figure.axes[0].lines) == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_direct_scores_are_the_workers(cache: Path, several: bool) -> None:
+    bench = Bench(PROBLEMS["digits-2"], cache, several=several)
+    evaluator, space = bench.evaluator, bench.space
+    assert evaluator._checked is not None  # it compares them on random merges, and raises
+    genome = space.low + np.random.default_rng(5).random(space.dim) * (space.high - space.low)
+    recipe = space.recipe(genome)
+    for task in (Task(0, recipe.to_json()), Task(0, recipe.to_json(), items=7)):
+        found, expected = evaluator._scored(task), evaluator._worker.evaluate(task)
+        assert found is not None and set(found.scores) == set(expected.scores)
+        for name, scores in expected.scores.items():
+            np.testing.assert_allclose(found.scores[name].values, scores.values, rtol=1e-4, atol=1e-4)
+    assert evaluator._scored(Task(0, recipe.to_json(), slopes=True)) is None
+    bench.close()
+
+
+def test_what_is_handed_on_is_the_best_of_the_front() -> None:
+    losses = [[3.0, 1.0], [1.0, 4.0], None, [4.0, 4.0], [2.0, 2.0]]
+    assert best_of_front(losses, np.array([1.0, 1.0])) == [0, 4, 1]
+    assert best_of_front([None], np.array([1.0])) == []
+
+
+def test_auto_beside_the_best() -> None:
+    runs = [made([[4.0, 4.0], [2.0, 1.0]], who="x"), made([[3.0, 2.0]], who="auto"), made([[2.0, 1.0]], who="a@0.5+b")]
+    table = auto_table(single_rows(runs, {"digits-2": ABOUT}))
+    assert table.splitlines()[2] == "| digits-2 | 4 | 0.25 | x | 1.00 | 0.75 |"
 
 
 def test_runs_are_kept_and_repeat(cache: Path, tmp_path: Path) -> None:

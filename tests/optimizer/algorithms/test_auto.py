@@ -47,7 +47,8 @@ def test_every_plan_spends_the_budget_and_says_why(experts: int, objectives: int
 def test_by_hand_first_where_it_costs_little() -> None:
     assert names(planned(evaluations=50))[0] == "baselines"
     assert "baselines" not in names(planned(experts=8, evaluations=30))
-    assert planned(experts=8, evaluations=50)[0].algorithm.options["include"] == ["models", "uniform", "greedy_soup"]
+    assert "baselines" not in names(planned(experts=8, evaluations=50))
+    assert planned(experts=8, evaluations=90)[0].algorithm.options["include"] == ["models", "uniform", "greedy_soup"]
     assert planned(experts=8, evaluations=500)[0].algorithm.options == {}
 
 
@@ -66,6 +67,23 @@ def test_a_model_first_and_evolution_for_long_budgets() -> None:
     assert planned(evaluations=2000, asynchronous=True)[-1].algorithm.options == {"close_after": 0.75}
     many = planned(experts=80, evaluations=200, merge={"operator": "task_arithmetic"})
     assert names(many)[-1] == "cma_es"
+
+
+def test_experts_are_probed_first_where_there_are_several() -> None:
+    phases = planned(experts=8, evaluations=200)
+    assert names(phases) == ["baselines", "cma_es", "bayesian"]
+    assert "each of 8 experts is probed" in phases[1].why
+    assert phases[1].evaluations >= phases[2].evaluations
+    few = planned(experts=8, evaluations=50)
+    assert names(few) == ["cma_es", "bayesian"]
+    assert few[0].evaluations == 29, "ten warm starts, nine probes and a generation of ten"
+    assert names(planned(experts=8, evaluations=20)) == ["bayesian"], "too few to probe eight experts"
+    assert "cma_es" not in names(planned(experts=4, objectives=2, evaluations=200))
+
+
+def test_probes_are_of_the_experts_that_are_kept() -> None:
+    phases = planned(experts=40, evaluations=1000, merge={"operator": "task_arithmetic"})
+    assert all("40 experts is probed" not in phase.why for phase in phases)
 
 
 def test_in_a_plain_box_it_is_the_algorithm_that_fits() -> None:

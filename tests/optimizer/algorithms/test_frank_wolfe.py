@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from optimizer.algorithms import AlgorithmContext, Outcome
 from optimizer.algorithms.frank_wolfe import FrankWolfe
 from optimizer.errors import InvalidInput
 from optimizer.frank_wolfe_domain import Array, Chains, Table, starts
+from optimizer.frank_wolfe_settings import REACH
 from optimizer.frank_wolfe_space import ChainSpace, make_chain_space
 from optimizer.ports import Candidate, Evaluation, Failure
 from optimizer.problem import OperatorInfo, Problem
@@ -158,7 +160,7 @@ def gap_in(label: str | None) -> float | None:
     ids=str,
 )
 def test_it_converges_and_the_gap_bounds_what_is_left(options: dict[str, Any]) -> None:
-    world = Quadratic(job(options, evaluations=150, names=NAMES[:4]), layers=1)
+    world = Quadratic(job({"reach": 1} | options, evaluations=150, names=NAMES[:4]), layers=1)
     lowest = minimum(world)
     search = run(world)
     start = sum(world.losses(Recipe(models=world.problem.models, root=Leaf(model="base"))))
@@ -175,14 +177,16 @@ def test_it_converges_and_the_gap_bounds_what_is_left(options: dict[str, Any]) -
 def test_away_steps_shed_what_plain_steps_keep() -> None:
     """At the optimum on a face of the hull plain steps zigzag; pairwise ones get there."""
     budget = 200
-    plain = run(Quadratic(job({}, evaluations=budget), layers=1))
-    pairwise = run(Quadratic(job({"away": "pairwise"}, evaluations=budget), layers=1))
+    plain = run(Quadratic(job({"reach": 1}, evaluations=budget), layers=1))
+    pairwise = run(Quadratic(job({"reach": 1, "away": "pairwise"}, evaluations=budget), layers=1))
     lowest = minimum(Quadratic(job({}, evaluations=budget), layers=1))
     assert best(pairwise) - lowest < 0.5 * (best(plain) - lowest)
 
 
 def test_the_gap_stops_it() -> None:
-    search = run(Quadratic(job({"away": "pairwise", "tolerance": 0.003}, evaluations=500, names=NAMES[:4]), layers=1))
+    search = run(
+        Quadratic(job({"reach": 1, "away": "pairwise", "tolerance": 0.003}, evaluations=500, names=NAMES[:4]), layers=1)
+    )
     assert search.stop_reason is not None and "Frank-Wolfe gap is" in search.stop_reason
     assert len(search.evaluations) < 300
 
@@ -192,6 +196,39 @@ def test_iterations_stop_it() -> None:
     assert search.stop_reason == "all 4 iterations are done"
     assert next(c.label for c in own(search)) == "start"
     assert len(own(search)) == 5
+
+
+class Sum(Quadratic):
+    """What both objectives want is the sum of the first two task vectors: beyond the hull of the models."""
+
+    @cached_property
+    def targets(self) -> Array:
+        base, first, second, *_ = self.models.values()
+        return np.array([first + second - base] * 2)
+
+
+@pytest.mark.parametrize("oracle", ["exact", "differences"])
+def test_merges_beyond_the_hull_of_the_models(oracle: str) -> None:
+    found = {
+        reach: best(run(Sum(job({"oracle": oracle, "reach": reach}, names=NAMES[:4]), layers=1)))
+        for reach in (None, 1.0, 2.0)
+    }
+    hull = minimum(Sum(job(names=NAMES[:4]), layers=1))
+    assert found[1.0] >= hull - 1e-9
+    assert max(found[None], found[2.0]) < 0.3 * hull
+
+
+def test_how_far_vertices_lie() -> None:
+    settings = FrankWolfe.Options
+    assert settings().distance == REACH and settings(reach=2).distance == 2
+    assert settings(step="harmonic").distance == 1
+    world = Quadratic(job())
+    _, space = table_domain(world)
+    far = Table(space, with_base=True, reach=2)
+    start = far.begin(np.zeros(space.dim))
+    point = far.mix(start, np.zeros((1, far.parts), np.int64), np.full((1, far.parts), 0.4))
+    np.testing.assert_allclose(point.genome.reshape(space.table)[:, 0], 0.8)
+    assert (far.mix(start, np.zeros((1, far.parts), np.int64), np.ones((1, far.parts))).genome <= space.high).all()
 
 
 # --- as published -----------------------------------------------------------------------------------------------------
@@ -281,7 +318,7 @@ def test_soft_lets_each_objective_pick_a_vertex_of_its_own() -> None:
     learned = next(c for c in own(search) if c.label and "learning" in c.label)
     assert learned.genome is not None
     table = learned.genome.reshape(-1, len(NAMES))
-    assert (table[:, :2] == 0.3).all() and not table[:, 2:].any(), "the targets lie towards the first two experts"
+    assert np.allclose(table[:, :2], 0.3) and not table[:, 2:].any(), "the targets lie towards the first two experts"
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -330,7 +367,9 @@ def test_one_sided_differences_choose_the_same_vertex() -> None:
 
 
 def test_random_perturbations_are_right_on_average() -> None:
-    world = Quadratic(job({"oracle": "spsa", "pairs": 1000, "h": 0.01, "start": "base"}, names=NAMES[:3]), layers=1)
+    world = Quadratic(
+        job({"oracle": "spsa", "pairs": 1000, "h": 0.01, "start": "base", "reach": 1}, names=NAMES[:3]), layers=1
+    )
     domain, space = table_domain(world)
     context = AlgorithmContext(space, np.ones(2), 0, space.uniform(), differentiable=True)
     algorithm = FrankWolfe(context, FrankWolfe.Options.model_validate(dict(world.spec.algorithm.options)))

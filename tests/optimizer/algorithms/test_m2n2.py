@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from optimizer.algorithms import Outcome
 from optimizer.algorithms.m2n2 import M2n2
@@ -232,3 +233,22 @@ class TestSpaces:
     )
     def test_says_which_inner_products_it_needs(self, options: dict[str, Any], cuts: str | None) -> None:
         assert M2n2.cuts(M2n2.Options(**options)) == cuts
+
+
+class TestScaling:
+    def tables(self, scaling: float, **merge: Any) -> list[NDArray[np.float64]]:
+        case = Case("m2n2", {"mixing": "linear", "scaling": scaling})
+        algorithm, space = make(case, **merge)
+        log = drive(algorithm, judge(space), 60, foreign=warm(space))
+        assert isinstance(space, TableSpace)
+        return [space.table(proposal.genome).coefficients for proposal in proposals_of(log)]
+
+    def test_children_lie_further_from_the_base_or_nearer(self) -> None:
+        found = self.tables(0.3)
+        for table in found:
+            np.testing.assert_allclose(table.sum(axis=1), 1.0, atol=1e-9)
+        sums = np.concatenate([table[:, 1:].sum(axis=1) for table in found])
+        assert sums.max() > 1.3 and sums.min() < 0.8
+
+    def test_without_they_stay_among_the_models_as_published(self) -> None:
+        assert all(table.min() >= -1e-9 and table.max() <= 1 + 1e-9 for table in self.tables(0.0))
