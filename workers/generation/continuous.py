@@ -1,0 +1,129 @@
+"""Answers through the continuous batching of transformers: an answer that ends makes room for the next at once.
+
+Its requests are all known before it starts, and its cache has a fixed size, so that what is computed together depends on
+the prompts and options alone, never on timing or on the memory that is free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from optimizer.errors import InvalidInput
+from workers.evaluators.base import Cancelled
+from workers.generation.answers import Answer, Decoding
+
+_PAGE = 64
+_POLL_S = 0.2
+_LOGGER = logging.getLogger("ContinuousBatchingLogger")
+
+
+def suits(decoding: Decoding, config: PreTrainedConfig) -> bool:
+    """Whether continuous batching can write such answers of such a model: greedy, without stop texts, plain attention."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    return not decoding.temperature and not decoding.stop and kinds <= {"full_attention"}
+
+
+class ContinuousWriter:
+    """See the module.
+
+    Args:
+        decoding: how.
+        field: dotted path of the objective, for errors.
+    """
+
+    def __init__(self, decoding: Decoding, field: str) -> None:
+        self._decoding = decoding
+        self._field = field
+
+    def __call__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], cancelled: Callable[[], bool]
+    ) -> list[Answer]:
+        """See `Writer`.
+
+        Raises:
+            InvalidInput: continuous batching does not know such models.
+        """
+        if cancelled():
+            raise Cancelled("the evaluation was called off")
+        manager: Any = model.init_continuous_batching(  # type: ignore[operator]
+            self._generation(), self._batching(max(map(len, prompts)))
+        )
+        # The longest first, so that none is left over to the end alone.
+        order = sorted(range(len(prompts)), key=lambda item: (-len(prompts[item]), item))
+        for item in order:
+            manager.add_request(list(prompts[item]), request_id=str(item))
+        with _running(manager):
+            found = self._collect(manager, len(prompts), cancelled)
+        return [self._answer(found[str(item)]) for item in range(len(prompts))]
+
+    def _collect(self, manager: Any, count: int, cancelled: Callable[[], bool]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while len(found) < count:
+            if cancelled():
+                raise Cancelled("the evaluation was called off")
+            result = manager.get_result(timeout=_POLL_S)
+            if result is not None and result.error is not None:
+                raise self._failure(result.error)
+            if result is not None and result.is_finished():
+                found[result.request_id] = result
+            elif result is None and not manager.is_running():
+                raise self._failure(manager.background_thread_status.fatal_error)
+        return found
+
+    def _failure(self, reason: object) -> InvalidInput:
+        return InvalidInput(
+            f"continuous batching failed: {reason}",
+            field=f"{self._field}.options.batching",
+            remedy="use `batching: padded` for this model",
+        )
+
+    def _answer(self, result: Any) -> Answer:
+        ids = list(result.generated_tokens)
+        sound = all(math.isfinite(logprob) for logprob in result.logprobs)
+        return Answer(ids, bool(ids) and ids[-1] in self._decoding.end, sound)
+
+    def _generation(self) -> GenerationConfig:
+        decoding = self._decoding
+        end = list(decoding.end) or [-1]
+        return GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=end,
+            pad_token_id=decoding.pad,
+        )
+
+    def _batching(self, longest: int) -> ContinuousBatchingConfig:
+        size = self._decoding.batch_size
+        pages = math.ceil((longest + self._decoding.max_new_tokens + 1) / _PAGE)
+        return ContinuousBatchingConfig(
+            page_size=_PAGE,
+            num_blocks=size * pages + 1,
+            max_batch_tokens=max(longest, size, 256),
+            max_requests_per_batch=size,
+            allow_block_sharing=False,
+            use_async_batching=False,
+            return_logprobs=True,
+        )
+
+
+@contextmanager
+def _running(manager: Any) -> Iterator[None]:
+    """Run a manager's thread for the time of the block; its log is for those who ask for it."""
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.CRITICAL)
+    try:
+        manager.start()
+        yield
+    finally:
+        manager.stop(block=True, hard_stop=True)
+        manager.destroy()
+        _LOGGER.setLevel(level)
