@@ -108,6 +108,7 @@ class Generation(Evaluator):
         )
 
     options: Options
+    prompts: list[list[int]]
 
     def __init__(self, options: Options, inputs: Inputs) -> None:
         super().__init__(options, inputs)
@@ -123,22 +124,26 @@ class Generation(Evaluator):
         self.metrics = {name: found.direction for name, found in self._graders.items()} | dict(ALWAYS)
         self.digest = _digest(self.digest, [found.digest for found in self._graders.values()])
         self._tokenizer = load_tokenizer(inputs.model_dir, inputs.field)
-        self._prompts = self._tokenised()
-        check_vocabulary(self._prompts, self.config, inputs.model_dir, inputs.field)
+        self.prompts = self._tokenised()
+        check_vocabulary(self.prompts, self.config, inputs.model_dir, inputs.field)
         self._check_lengths()
         self._writer = self._make_writer()
 
     def evaluate(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> Scores:
         """Let a causal language model answer, and grade its answers."""
-        with inference(model):
-            answers = self._writer(model, self._prompts, cancelled)
+        answers = self.answers(model, cancelled)
         graded = Answers([self._text(answer) for answer in answers], cancelled, model.device)
         scores = {name: found.grade(graded) for name, found in self._graders.items()}
         scores["tokens"] = [float(len(answer.ids)) for answer in answers]
         scores["truncated"] = [float(not answer.finished) for answer in answers]
         sound = np.array([answer.sound for answer in answers])
-        read = sum(map(len, self._prompts)) + sum(len(answer.ids) for answer in answers)
+        read = sum(map(len, self.prompts)) + sum(len(answer.ids) for answer in answers)
         return self.scored({name: _item_scores(values, sound) for name, values in scores.items()}, tokens=read)
+
+    def answers(self, model: PreTrainedModel, cancelled: Callable[[], bool] = never) -> list[Answer]:
+        """Return what a model writes after each of `prompts`."""
+        with inference(model):
+            return self._writer(model, self.prompts, cancelled)
 
     def _field(self, name: str) -> str:
         return f"{self._inputs.field}.options.graders.{name}"
@@ -164,7 +169,7 @@ class Generation(Evaluator):
     def _check_lengths(self) -> None:
         limit = longest_sequence(self._tokenizer, self.config)
         role = "messages" if self.options.chat and self._inputs.rows.has("messages") else "prompt"
-        for row, ids in enumerate(self._prompts):
+        for row, ids in enumerate(self.prompts):
             if len(ids) + self.options.max_new_tokens > limit:
                 raise self._inputs.rows.error(
                     role,

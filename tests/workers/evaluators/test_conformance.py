@@ -104,6 +104,8 @@ def test_first_items_score_as_they_do_among_all(name: str, checkpoint: Checkpoin
 @every_evaluator
 def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
+    if case.smooth is None:
+        pytest.skip("its metrics change in steps: rounding changes none of them or much")
     model = open_model(name, checkpoint(name))
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
     exact = evaluator.evaluate(model)[case.smooth].mean()
@@ -122,7 +124,8 @@ def test_cuda(name: str, checkpoint: Checkpoint) -> None:
     torch.nn.Module.cuda(model)
     on_gpu = evaluator.evaluate(model)
     same(on_gpu, evaluator.evaluate(model))
-    same({case.smooth: on_cpu[case.smooth]}, {case.smooth: on_gpu[case.smooth]}, rtol=1e-2, atol=1e-3)
+    if case.smooth is not None:
+        same({case.smooth: on_cpu[case.smooth]}, {case.smooth: on_gpu[case.smooth]}, rtol=1e-2, atol=1e-3)
 
 
 @every_evaluator
