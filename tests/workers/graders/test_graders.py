@@ -143,7 +143,7 @@ def test_a_classifier_judges_as_it_does_alone(with_prompt: bool, tmp_path: Path)
     options = {"path": "judge", "label": "1", "threshold": None, "with_prompt": with_prompt, "batch_size": 2}
     found = grade(make("classifier", [{"prompt": text} for text in prompts], tmp_path, **options), texts)
     for prompt, text, score in zip(prompts, texts, found, strict=True):
-        encoded = tokenizer(*([prompt, text] if with_prompt else [text]), return_tensors="pt")
+        encoded = tokenizer(*([[prompt], [text]] if with_prompt else [[text]]), return_tensors="pt")
         with torch.no_grad():
             assert score == pytest.approx(float(model(**encoded).logits.softmax(dim=-1)[0, 1]), abs=1e-6)
     assert len(set(found)) == 3
