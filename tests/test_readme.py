@@ -34,7 +34,7 @@ def test_the_make_targets_it_names_exist() -> None:
 
 def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    job, fragment, search = (parse_document(block, "yaml", "job") for block in blocks)
+    job, fragment, search, graded = (parse_document(block, "yaml", "job") for block in blocks)
     spec = parse_spec(job)
     varied = parse_spec(job | fragment)
     searched = parse_spec({key: value for key, value in job.items() if key != "algorithm"} | search)
@@ -46,6 +46,9 @@ def test_its_job_is_one_and_so_it_stays_with_everything_that_may_be_varied() -> 
         parse_operator_options(modifier.operator, modifier.options)
     assert [parse_evaluator(objective, n)[0].name for n, objective in enumerate(spec.objectives)] == ["causal_lm"] * 2
     assert operator_info(spec.merge.operator).name == spec.merge.operator
+    answers = [parse_evaluator(objective, n) for n, objective in enumerate(parse_spec(job | graded).objectives)]
+    assert [cls.name for cls, _ in answers] == ["generation"] * 3
+    assert answers[0][1] == answers[1][1], "one generation for correctness and length"
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))

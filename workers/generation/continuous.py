@@ -1,7 +1,8 @@
 """Answers through the continuous batching of transformers: an answer that ends makes room for the next at once.
 
 Its requests are all known before it starts, and its cache has a fixed size, so that what is computed together depends on
-the prompts and options alone, never on timing or on the memory that is free.
+the prompts and options alone, never on timing or on the memory that is free. What is not a number in one answer's past can
+make others of its batch so too: attention over all of them multiplies it by zero.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from workers.evaluators.base import Cancelled
 from workers.generation.answers import Answer, Decoding
 
 _PAGE = 64
+_MAX_CACHED = 2**16
+"""Most tokens whose keys and values are kept, unless one answer needs more; what decides how many are written at once."""
+_MAX_READ = 512
+"""Most tokens that go through the model at once: longer prompts are read in parts."""
 _POLL_S = 0.2
 _LOGGER = logging.getLogger("ContinuousBatchingLogger")
 
@@ -102,12 +107,12 @@ class ContinuousWriter:
         )
 
     def _batching(self, longest: int) -> ContinuousBatchingConfig:
-        size = self._decoding.batch_size
         pages = math.ceil((longest + self._decoding.max_new_tokens + 1) / _PAGE)
+        size = min(self._decoding.batch_size, max(1, _MAX_CACHED // (pages * _PAGE)))
         return ContinuousBatchingConfig(
             page_size=_PAGE,
             num_blocks=size * pages + 1,
-            max_batch_tokens=max(longest, size, 256),
+            max_batch_tokens=max(size, _MAX_READ),
             max_requests_per_batch=size,
             allow_block_sharing=False,
             use_async_batching=False,

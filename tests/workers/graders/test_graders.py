@@ -140,7 +140,13 @@ def test_a_classifier_judges_as_it_does_alone(with_prompt: bool, tmp_path: Path)
     path = tiny_bert(tmp_path / "judge")
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     prompts, texts = ["w9", "w8 w7 w1", "w2"], ["w1 w2 w3", "w4", ""]
-    options = {"path": "judge", "label": "1", "threshold": None, "with_prompt": with_prompt, "batch_size": 2}
+    options: dict[str, Any] = {
+        "path": "judge",
+        "label": "1",
+        "threshold": None,
+        "with_prompt": with_prompt,
+        "batch_size": 2,
+    }
     found = grade(make("classifier", [{"prompt": text} for text in prompts], tmp_path, **options), texts)
     for prompt, text, score in zip(prompts, texts, found, strict=True):
         encoded = tokenizer(*([[prompt], [text]] if with_prompt else [[text]]), return_tensors="pt")
