@@ -16,7 +16,7 @@ from optimizer.spec import Direction
 from workers.evaluators.base import Evaluator, Inputs, Scores, evaluator, inference, never
 from workers.evaluators.loading import check_vocabulary, load_tokenizer, longest_sequence
 from workers.generation.answers import Answer, Decoding, Writer
-from workers.generation.continuous import ContinuousWriter, suits
+from workers.generation.continuous import ContinuousWriter, EitherWriter, suits
 from workers.generation.padded import PaddedWriter
 from workers.generation.prompts import chat_tokens, conversations, end_tokens, plain_tokens, texts
 from workers.generation.vllm import VllmWriter
@@ -203,9 +203,11 @@ class Generation(Evaluator):
                 field=f"{self._inputs.field}.options.batching",
                 remedy="use `auto` or `padded`",
             )
-        if fits and options.batching != "padded":
-            return ContinuousWriter(decoding, self._inputs.field)
-        return PaddedWriter(decoding, self._tokenizer)
+        padded = PaddedWriter(decoding, self._tokenizer)
+        if not fits or options.batching == "padded":
+            return padded
+        continuous = ContinuousWriter(decoding, self._inputs.field)
+        return continuous if options.batching == "continuous" else EitherWriter(continuous, padded)
 
     def _text(self, answer: Answer) -> str:
         """What is graded of an answer: without special tokens, up to the first stop text, after the last marker."""

@@ -18,7 +18,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from optimizer.errors import InvalidInput
 from workers.evaluators.base import Cancelled
-from workers.generation.answers import Answer, Decoding
+from workers.generation.answers import Answer, Decoding, Writer
+
+log = logging.getLogger(__name__)
 
 _PAGE = 64
 _MAX_CACHED = 2**16
@@ -57,9 +59,7 @@ class ContinuousWriter:
         """
         if cancelled():
             raise Cancelled("the evaluation was called off")
-        manager: Any = model.init_continuous_batching(  # type: ignore[operator]
-            self._generation(), self._batching(max(map(len, prompts)))
-        )
+        manager = self._manager(model, max(map(len, prompts)))
         # The longest first, so that none is left over to the end alone.
         order = sorted(range(len(prompts)), key=lambda item: (-len(prompts[item]), item))
         for item in order:
@@ -67,6 +67,12 @@ class ContinuousWriter:
         with _running(manager):
             found = self._collect(manager, len(prompts), cancelled)
         return [self._answer(found[str(item)]) for item in range(len(prompts))]
+
+    def _manager(self, model: PreTrainedModel, longest: int) -> Any:
+        try:
+            return model.init_continuous_batching(self._generation(), self._batching(longest))  # type: ignore[operator]
+        except Exception as error:  # what models of other kinds lack shows in many ways
+            raise self._failure(error) from error
 
     def _collect(self, manager: Any, count: int, cancelled: Callable[[], bool]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -118,6 +124,33 @@ class ContinuousWriter:
             use_async_batching=False,
             return_logprobs=True,
         )
+
+
+class EitherWriter:
+    """Continuous batching until a model turns out to be none of those that it knows; padded batches from then on.
+
+    Args:
+        first: is given up at its first error other than `Cancelled`, which is the same on every worker.
+        second: takes its place.
+    """
+
+    def __init__(self, first: Writer, second: Writer) -> None:
+        self._first: Writer | None = first
+        self._second = second
+
+    def __call__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], cancelled: Callable[[], bool]
+    ) -> list[Answer]:
+        """See `Writer`."""
+        if self._first is not None:
+            try:
+                return self._first(model, prompts, cancelled)
+            except Cancelled:
+                raise
+            except Exception as error:  # noqa: BLE001 - what models of other kinds lack shows in many ways
+                log.info("answers are written in padded batches: %s", error)
+                self._first = None
+        return self._second(model, prompts, cancelled)
 
 
 @contextmanager

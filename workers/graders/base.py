@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -41,7 +41,7 @@ class Answers:
 
     Attributes:
         texts: shape (items,).
-        cancelled: asked at least every few seconds; True raises `Cancelled` from `check`.
+        cancelled: whether the grading is called off; asked at least every few seconds by graders that take longer.
         device: where a grader that is a model itself may compute.
     """
 
@@ -161,8 +161,3 @@ def needs(package: str, extra: str, field: str) -> InvalidInput:
         field=field,
         remedy=f"have the extra installed: pip install 'mergeopt[{extra}]'",
     )
-
-
-def summaries() -> Mapping[str, str]:
-    """Return what each grader does, by name."""
-    return {name: found.summary for name, found in GRADERS.items()}

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from optimizer.errors import InvalidData, InvalidInput
 from tests.benchmarks.checkpoints import smollm2
@@ -102,6 +103,21 @@ def test_long_prompts_are_read_in_parts(llama: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(continuous, "_MAX_READ", 8)
     monkeypatch.setattr(continuous, "_MAX_CACHED", 200)
     assert answers(llama, model, batching="continuous", batch_size=8) == expected
+
+
+def test_models_without_attention_are_padded(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = MambaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=END, pad_token_id=0
+    )
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer(bert=False).save_pretrained(tmp_path)
+    model = open_model(NAME, tmp_path)
+    expected = [written(model, tokens(row["prompt"]), 6) for row in ROWS[:3]]
+    assert answers(tmp_path, model, ROWS[:3], max_new_tokens=6) == expected
+    with pytest.raises(InvalidInput, match="continuous batching failed") as caught:
+        answers(tmp_path, model, ROWS[:3], max_new_tokens=6, batching="continuous")
+    assert caught.value.field == f"{FIELD}.options.batching"
 
 
 @pytest.mark.parametrize("stop", ["w3", "w1"])
@@ -293,7 +309,8 @@ def test_a_real_model_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
         {"prompt": "Name the largest planet of the solar system.", "answer": "Jupiter"},
     ]
     graders = {"score": {"name": "exact_match", "options": {"where": "anywhere"}}, "refusal": "refusal"}
-    model = open_model(NAME, path).float()  # in bfloat16 the two may round to different texts
+    model = open_model(NAME, path)
+    cast("nn.Module", model).to(torch.float32)  # in bfloat16 the two may round to different texts
     options = {"chat": True, "max_new_tokens": 32, "graders": graders}
     continuous = build(NAME, path, rows, **options, batching="continuous").evaluate(model)
     padded = build(NAME, path, rows, **options, batching="padded").evaluate(model)
