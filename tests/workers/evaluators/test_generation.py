@@ -115,8 +115,22 @@ def test_models_without_attention_are_padded(tmp_path: Path) -> None:
     model = open_model(NAME, tmp_path)
     expected = [written(model, tokens(row["prompt"]), 6) for row in ROWS[:3]]
     assert answers(tmp_path, model, ROWS[:3], max_new_tokens=6) == expected
-    with pytest.raises(InvalidInput, match="continuous batching failed") as caught:
+    with pytest.raises(InvalidInput, match="plain attention") as caught:
         answers(tmp_path, model, ROWS[:3], max_new_tokens=6, batching="continuous")
+    assert caught.value.field == f"{FIELD}.options.batching"
+
+
+def test_models_that_continuous_batching_does_not_know_are_padded(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(NAME, llama)
+    expected = answers(llama, model, ROWS[:3], batching="padded")
+
+    def unknown(*_: Any) -> None:
+        raise ValueError("no pages for these layers")
+
+    monkeypatch.setattr(model, "init_continuous_batching", unknown)
+    assert answers(llama, model, ROWS[:3]) == expected
+    with pytest.raises(InvalidInput, match="continuous batching failed: no pages") as caught:
+        answers(llama, model, ROWS[:3], batching="continuous")
     assert caught.value.field == f"{FIELD}.options.batching"
 
 
