@@ -24,6 +24,7 @@ from optimizer.problem import OperatorInfo, Problem
 from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 from workers.evaluators.base import EVALUATORS
+from workers.graders.base import GRADERS
 from workers.merging.operator import OPERATORS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -112,9 +113,18 @@ def evaluators() -> str:
     return _table(("evaluator", "what it measures", "metrics"), rows)
 
 
+def graders() -> str:
+    """Graders of generated answers, with the columns of the data that they read."""
+    rows = (
+        (f"`{name}`", found.summary, ", ".join(f"`{role}`" for role in found.columns))
+        for name, found in GRADERS.items()
+    )
+    return _table(("grader", "what it scores", "columns"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (settings, routes, endpoint_routes, commands, algorithms, spaces, operators, evaluators)
+    for table in (settings, routes, endpoint_routes, commands, algorithms, spaces, operators, evaluators, graders)
 }
 
 

@@ -71,11 +71,16 @@ def max_length(asked: int | None, tokenizer: PreTrainedTokenizerBase, config: Pr
     Raises:
         InvalidInput: more is asked for than the model takes.
     """
-    known = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
-    limit = min(number for number in (*known, 10**9) if number)
+    limit = longest_sequence(tokenizer, config)
     if asked is not None and asked > limit:
         raise InvalidInput(f"the model takes {limit} tokens at most, not {asked}", field=f"{field}.options.max_length")
     return asked or min(limit, DEFAULT_MAX_LENGTH)
+
+
+def longest_sequence(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """Return the most tokens that a model takes, as its tokenizer and its config say; 10⁹ where they say nothing."""
+    known = (tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None))
+    return int(min(number for number in (*known, 10**9) if number))
 
 
 def check_vocabulary(sequences: Iterable[Sequence[int]], config: PreTrainedConfig, model_dir: Path, field: str) -> None:

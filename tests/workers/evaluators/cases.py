@@ -50,7 +50,7 @@ class Case:
         rows: good rows of different lengths, at least five.
         bad: for each role, values that must be refused; none where the evaluator has no roles of its own.
         options: of the evaluator.
-        smooth: a metric that changes a little when a model's weights do.
+        smooth: a metric that changes a little when a model's weights do; None where all change in steps.
         loose: how much it may change with bfloat16, as a share.
         own: of an evaluator with items of its own: writes rows into a directory, as its items, and returns the options that
             name them.
@@ -61,7 +61,7 @@ class Case:
     rows: Sequence[Row]
     bad: Mapping[str, Sequence[Any]]
     options: Mapping[str, Any] = field(default_factory=dict)
-    smooth: str = "loss"
+    smooth: str | None = "loss"
     loose: float = 0.1
     own: Callable[[Path, Sequence[Row]], dict[str, Any]] | None = None
     policy: Policy = NOTHING
@@ -206,6 +206,16 @@ CASES: dict[str, Case] = {
         rows=TEXTS,
         bad={"text": ["", "  ", 7, "\ud800"]},
         options={"max_length": 32},
+    ),
+    "generation": Case(
+        checkpoint=tiny_llama,
+        rows=[{"prompt": words(1 + 3 * n, n), "answer": [words(4, 50 + n), words(2, n)]} for n in range(7)],
+        bad={
+            "prompt": ["", "  ", 7, ["w1"], "\ud800", words(60)],
+            "answer": [[], {}, True, ["\ud800"]],
+        },
+        options={"max_new_tokens": 12, "graders": {"score": "chrf"}},
+        smooth=None,
     ),
     "multiple_choice": Case(
         checkpoint=tiny_llama,

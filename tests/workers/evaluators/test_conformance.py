@@ -129,6 +129,8 @@ def test_a_subset_keeps_its_order_and_has_a_digest_of_its_own(name: str, checkpo
 @every_evaluator
 def test_bfloat16(name: str, checkpoint: Checkpoint) -> None:
     case = CASES[name]
+    if case.smooth is None:
+        pytest.skip("its metrics change in steps: rounding changes none of them or much")
     model = open_model(name, checkpoint(name))
     evaluator = build(name, checkpoint(name), case.rows, **case.options)
     exact = evaluator.evaluate(model)[case.smooth].mean()
@@ -147,7 +149,8 @@ def test_cuda(name: str, checkpoint: Checkpoint) -> None:
     torch.nn.Module.cuda(model)
     on_gpu = evaluator.evaluate(model)
     same(on_gpu, evaluator.evaluate(model))
-    same({case.smooth: on_cpu[case.smooth]}, {case.smooth: on_gpu[case.smooth]}, rtol=1e-2, atol=1e-3)
+    if case.smooth is not None:
+        same({case.smooth: on_cpu[case.smooth]}, {case.smooth: on_gpu[case.smooth]}, rtol=1e-2, atol=1e-3)
 
 
 @every_evaluator

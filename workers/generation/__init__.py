@@ -1,0 +1,1 @@
+"""Generation: prompts as tokens, and the ways to let a model continue them."""

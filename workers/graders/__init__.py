@@ -1,0 +1,1 @@
+"""Graders: from the text that a model wrote to a score. One file each, registered by a decorator."""
