@@ -464,8 +464,7 @@ def test_what_only_constrains_or_is_reported_is_no_axis() -> None:
     )
     search = Search(spec, make_problem(spec))
     assert search.algorithm.context.objectives == 1
-    first = search.next()[:2]
-    search.add(first)
+    search.add(search.next())
     # The second is worse in what is only reported, and better where it counts.
     search.record(Evaluation(0, (0.5, 0.9, 0.1)))
     search.record(Evaluation(1, (0.4, 0.9, 9.0)))
