@@ -25,6 +25,7 @@ from optimizer.errors import (
     Unavailable,
 )
 from optimizer.fitness.aggregate import ItemScores, aggregate, violation
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.ports import (
     Candidate,
     Evaluation,
@@ -40,6 +41,8 @@ from optimizer.ports import (
 )
 from optimizer.problem import Problem
 from optimizer.search import Search
+from optimizer.spec import Budget
+from optimizer.spending import Spending
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,8 @@ class JobRun:
         self._lease = lease
         self._stop = stop
         self._dispatched: set[int] = set()
+        self._pause: str | None = None  # why the job has to, once what is in flight is back
+        self._spending = Spending(Budget(evaluations=1))
 
     def run(self) -> None:
         """Run the job until it ends, pauses, is taken over, or the controller is stopped."""
@@ -157,6 +162,7 @@ class JobRun:
         keeper.begin(record.elapsed_s)
         problem = _same_inputs(record.problem, self._pools.prepare(record.spec))
         self._store.start(self._lease, problem)
+        self._spending = Spending(record.spec.budget, record.cost, Cost.of(problem.estimate))
         search = Search(record.spec, problem, _Items(self._store, self._lease))
         search.replay(record.candidates, record.evaluations)
         if not search.candidates and (first := search.first()):
@@ -174,7 +180,7 @@ class JobRun:
                 return "cancelled", None
             if self._stop.is_set():
                 return None
-            halt = _halt(search, keeper)
+            halt = _halt(search, keeper, self._pause or self._spending.exhausted)
             if halt is None:
                 self._take_enqueued(search)
                 # What is known already costs no evaluation, and may lead to more at once.
@@ -184,7 +190,9 @@ class JobRun:
                 if search.finished:
                     return "completed", search.stop_reason
             else:
-                self._dispatched.difference_update(pool.withdraw())
+                for index in pool.withdraw():
+                    self._spending.end(index, FREE)
+                    self._dispatched.discard(index)
                 if not self._dispatched:
                     return halt
             for result in pool.wait(self._config.poll_s if self._dispatched else 0.0):
@@ -211,24 +219,33 @@ class JobRun:
         # No more than the workers can be at: what waits here, not there, can still be paused.
         most = min(search.spec.in_flight, search.spec.workers.count)
         for candidate in search.waiting:
-            if len(self._dispatched) >= most:
+            if len(self._dispatched) >= most or not self._spending.may_start(most):
                 return
             if candidate.index not in self._dispatched:
-                pool.submit(Task(candidate.index, candidate.recipe, candidate.items, candidate.slopes))
+                allowance = self._spending.start(candidate.index, most)
+                pool.submit(Task(candidate.index, candidate.recipe, candidate.items, candidate.slopes, allowance))
                 self._dispatched.add(candidate.index)
 
     def _record(self, search: Search, result: Result) -> None:
+        self._spending.end(result.index, result.cost)
+        if result.pause is not None:
+            self._pause = self._pause or result.pause
+            self._dispatched.discard(result.index)
+            self._store.add_cost(self._lease, result.cost)
+            return
         evaluation = _evaluate(search.problem, result)
         self._store.add_evaluation(self._lease, evaluation)
         self._dispatched.discard(result.index)
         search.record(evaluation)
 
 
-def _halt(search: Search, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
-    """The state to take once nothing is in flight any more, or None to go on."""
+def _halt(search: Search, keeper: _LeaseKeeper, pause: str | None) -> tuple[JobState, str | None] | None:
+    """The state to take once nothing is in flight any more, or None to go on; ``pause`` is why the job has to pause."""
     wall_time = search.spec.budget.wall_time_s
     if wall_time is not None and keeper.elapsed_s >= wall_time:
         return "completed", f"{wall_time:g} s of running time are over"
+    if pause is not None and not search.finished:
+        return "paused", pause
     return ("paused", None) if keeper.requested == "pause" else None
 
 

@@ -138,6 +138,7 @@ class JobLog:
         candidates: in order of their index, without gaps.
         evaluations: by candidate index, in the order in which they were recorded; a duplicate has none of its own.
         elapsed_s: running time so far.
+        cost: what the job cost so far, evaluations that were interrupted counted.
     """
 
     spec: JobSpec
@@ -145,6 +146,7 @@ class JobLog:
     candidates: Sequence[Candidate]
     evaluations: Mapping[int, Evaluation]
     elapsed_s: float
+    cost: Cost = FREE
 
 
 class RunStore(Protocol):
@@ -180,6 +182,9 @@ class RunStore(Protocol):
     def add_evaluation(self, lease: Lease, evaluation: Evaluation) -> bool:
         """Commit an outcome, update the front and the counters; False if the candidate has an outcome already."""
 
+    def add_cost(self, lease: Lease, cost: Cost) -> None:
+        """Add what an evaluation cost that was interrupted, and so has no outcome, to the job's cost."""
+
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
         """Record a new state; a paused or final one also gives up the lease.
 
@@ -192,17 +197,26 @@ class RunStore(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A candidate to evaluate; ``items`` and ``slopes`` as in `Candidate`."""
+    """A candidate to evaluate; ``items`` and ``slopes`` as in `Candidate`.
+
+    Attributes:
+        allowance: most that it may cost; None where nothing bounds it.
+    """
 
     index: int
     recipe: Mapping[str, Any]
     items: int | None = None
     slopes: bool = False
+    allowance: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker found: per-item scores, or a failure. Aggregation is the controller's."""
+    """What a worker found: per-item scores, a failure, or why the job has to pause. Aggregation is the controller's.
+
+    Attributes:
+        pause: why the candidate cannot be evaluated until somebody does something; it then has no outcome yet.
+    """
 
     index: int
     scores: Mapping[str, ItemScores] = field(default_factory=dict)
@@ -211,6 +225,7 @@ class Result:
     worker: str = ""
     slopes: NDArray[np.float64] | None = None
     cost: Cost = FREE
+    pause: str | None = None
 
 
 class EvaluationPool(Protocol):

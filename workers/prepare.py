@@ -7,6 +7,7 @@ from pathlib import Path
 
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput, below
+from optimizer.fitness.cost import Cost
 from optimizer.geometry import Cuts, Layout
 from optimizer.parameter_space import parameter_problem
 from optimizer.phases import fields_of, plan
@@ -21,11 +22,13 @@ from workers.data import Rows, load_rows, no_rows
 from workers.endpoint.prepare import prepare_endpoint
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs, parse_evaluator, resolve_metric
 from workers.grams import measure_grams
+from workers.measuring import measures_of
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
 from workers.references import check_experts
 from workers.roots import Roots
+from workers.services.sharing import Services
 
 
 def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = lambda found: found.digest) -> Problem:
@@ -68,6 +71,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
+    problem = problem.model_copy(update={"estimate": _estimate(spec, problem, evaluators)})
     space = make_space(spec, problem)
     engine = MergeEngine(checkpoints, layout, measurements=Calibrations(checkpoints, layout, items))
     if spec.merge.space is not None:
@@ -87,15 +91,25 @@ def quick_digest(_: Checkpoint) -> str:
     return UNKNOWN_DIGEST
 
 
-def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> list[Evaluator]:
-    """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model."""
+def make_evaluators(
+    spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint], services: Services | None = None
+) -> list[Evaluator]:
+    """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model.
+
+    Args:
+        spec: the job.
+        roots: where data may be, and what else is allowed.
+        checkpoints: by name; empty in jobs without them.
+        services: by which they ask services; new ones by default.
+    """
+    services = services or Services(workers=spec.workers.count)
     evaluators = []
     for number, objective in enumerate(spec.objectives):
         field = f"objectives.{number}"
         cls, options = parse_evaluator(objective, number)
         rows = read_rows(objective.data, cls, roots, field)
         model_dir = checkpoints[objective.head or "base"].path if checkpoints else Path()
-        evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots)))
+        evaluators.append(cls(options, Inputs(rows, model_dir, field, roots.policy, roots, services)))
         check_experts(evaluators[-1], [expert.name for expert in spec.experts], field)
     return evaluators
 
@@ -113,12 +127,20 @@ def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
                 remedy="use one that asks a service, or give `base` and `experts`",
             )
     problem = parameter_problem()
-    problem = problem.model_copy(update={"objectives": _resolved(spec, make_evaluators(spec, roots, {}))})
+    evaluators = make_evaluators(spec, roots, {})
+    problem = problem.model_copy(update={"objectives": _resolved(spec, evaluators)})
+    problem = problem.model_copy(update={"estimate": _estimate(spec, problem, evaluators)})
     space = make_space(spec, problem)
     for number, candidate in enumerate(spec.warm_starts.candidates):
         with below(f"warm_starts.candidates.{number}"):
             space.encode(candidate)
     return problem.model_copy(update={"phases": plan(spec, problem)})
+
+
+def _estimate(spec: JobSpec, problem: Problem, evaluators: Sequence[Evaluator]) -> dict[str, float]:
+    """The most that one evaluation of all measures is thought to cost."""
+    measures = measures_of(spec, problem, evaluators)
+    return Cost.total(measure.evaluator.estimate() for measure in measures).to_json()
 
 
 def _resolved(spec: JobSpec, evaluators: Sequence[Evaluator]) -> list[ResolvedObjective]:
@@ -144,7 +166,7 @@ def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: 
         raise InvalidInput(
             f"{cls.name} brings its own items", field=f"{field}.data", remedy="leave the data out; see its options"
         )
-    if cls.own_items:
+    if cls.own_items or (cls.data_optional and data is None):
         return no_rows(f"{field}.data")
     if data is None:
         raise InvalidInput(

@@ -71,6 +71,7 @@ def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[st
             candidates=_candidates(rows, _pending_recipes(session, job.id), read_recipe),
             evaluations=_evaluations(rows, _slopes(session, job.id)),
             elapsed_s=job.elapsed_s,
+            cost=Cost.of(job.cost),
         )
 
 

@@ -32,7 +32,8 @@ def same(one: Scores, two: Scores, rtol: float = 0.0, atol: float = 0.0) -> None
 
 
 def test_every_evaluator_has_a_case() -> None:
-    assert set(CASES) == set(EVALUATORS)
+    """Those that ask services look at no model; they have tests of their own."""
+    assert set(CASES) == {name for name, cls in EVALUATORS.items() if cls.auto_class}
 
 
 @every_evaluator
