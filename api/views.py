@@ -335,6 +335,13 @@ class ValidationView(View):
     phases: list[PlannedPhaseView] = Field(
         default_factory=list, description="Who would propose candidates when; what `auto` would stand for."
     )
+    estimate: dict[str, float] = Field(
+        default_factory=dict,
+        description=(
+            "Most that all evaluations of the budget are thought to cost, without repeated requests and kept answers: "
+            "items, tokens, requests, money; zeros left out."
+        ),
+    )
 
 
 class QueuedView(View):

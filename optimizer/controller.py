@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optimizer.errors import (
     InputsChanged,
@@ -24,6 +24,7 @@ from optimizer.errors import (
     Unavailable,
 )
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.measuring import Measuring, Memory
 from optimizer.ports import (
     Candidate,
@@ -39,6 +40,8 @@ from optimizer.ports import (
 from optimizer.problem import Problem
 from optimizer.races import Races
 from optimizer.search import Search
+from optimizer.spec import Budget
+from optimizer.spending import Spending
 from optimizer.verifying import Verifying
 
 log = logging.getLogger(__name__)
@@ -120,6 +123,8 @@ class JobRun:
         self._verified: set[int] = set()  # candidates that are being verified
         self._measuring: Measuring  # once the inputs are known
         self._verifying: Verifying
+        self._pause: str | None = None  # why the job has to, once what is in flight is back
+        self._spending = Spending(Budget(evaluations=1))
 
     def run(self) -> None:
         """Run the job until it ends, pauses, is taken over, or the controller is stopped."""
@@ -160,6 +165,7 @@ class JobRun:
         keeper.begin(record.elapsed_s)
         problem = _same_inputs(record.problem, self._pools.prepare(record.spec))
         self._store.start(self._lease, problem)
+        self._spending = Spending(record.spec.budget, record.cost, Cost.of(problem.estimate))
         search = Search(record.spec, problem, _Items(self._store, self._lease))
         search.replay(record.candidates, record.evaluations)
         if not search.candidates and (first := search.first()):
@@ -181,7 +187,7 @@ class JobRun:
                 return "cancelled", None
             if self._stop.is_set():
                 return None
-            halt = _halt(search, keeper)
+            halt = _halt(search, keeper, self._pause or (None if search.finished else self._spending.exhausted))
             if halt is None:
                 self._take_enqueued(search)
                 # What is known already costs no evaluation, and may lead to more at once.
@@ -204,6 +210,8 @@ class JobRun:
         self._verifying.forget(withdrawn)
         self._dispatched.difference_update(withdrawn)
         self._verified.difference_update(withdrawn)
+        for index in withdrawn:
+            self._spending.end(index, FREE)
         return state != "completed" and not self._dispatched and not self._verified
 
     def _verify(self, search: Search, pool: EvaluationPool) -> bool:
@@ -211,7 +219,7 @@ class JobRun:
         waiting = self._verifying.waiting
         most = min(search.spec.in_flight, search.spec.workers.count)
         for index in waiting:
-            if len(self._verified) >= most:
+            if len(self._verified) >= most or not self._spending.may_start(most):
                 break
             if index in self._verified:
                 continue
@@ -219,16 +227,26 @@ class JobRun:
             if task is None:
                 self._verifying.record(Result(index, worker="cache"))
                 continue
-            pool.submit(task)
+            pool.submit(replace(task, allowance=self._spending.start(index, most)))
             self._verified.add(index)
         return not self._verifying.waiting
 
     def _take(self, search: Search, result: Result) -> None:
-        if result.index in self._verified:
-            self._verified.discard(result.index)
+        if result.index not in self._verified:
+            self._record(search, result)
+            return
+        self._spending.end(result.index, result.cost)
+        self._verified.discard(result.index)
+        if result.pause is None:
             self._verifying.record(result)
         else:
-            self._record(search, result)
+            self._verifying.forget([result.index])
+            self._interrupted(result)
+
+    def _interrupted(self, result: Result) -> None:
+        """An evaluation that has to wait until somebody does something: what it cost counts, and the job pauses."""
+        self._pause = self._pause or result.pause
+        self._store.add_cost(self._lease, result.cost)
 
     def _take_enqueued(self, search: Search) -> None:
         for item in self._store.enqueued(self._lease):
@@ -252,7 +270,7 @@ class JobRun:
         most = min(search.spec.in_flight, search.spec.workers.count)
         under_way = {search.candidates[index].fingerprint for index in self._dispatched}
         for candidate in search.waiting:
-            if len(self._dispatched) >= most:
+            if len(self._dispatched) >= most or not self._spending.may_start(most):
                 return
             # The same merge on other items waits until it can begin from what is being measured.
             if candidate.index in self._dispatched or candidate.fingerprint in under_way:
@@ -261,22 +279,30 @@ class JobRun:
             if plan.task is None:
                 self._record(search, Result(candidate.index, worker="cache"))
                 continue
-            pool.submit(plan.task)
+            pool.submit(replace(plan.task, allowance=self._spending.start(candidate.index, most)))
             self._dispatched.add(candidate.index)
             under_way.add(candidate.fingerprint)
 
     def _record(self, search: Search, result: Result) -> None:
+        self._spending.end(result.index, result.cost)
+        if result.pause is not None:
+            self._dispatched.discard(result.index)
+            self._measuring.forget([result.index])
+            self._interrupted(result)
+            return
         evaluation, fresh = self._measuring.outcome(search.candidates[result.index], result)
         self._store.add_evaluation(self._lease, evaluation, fresh)
         self._dispatched.discard(result.index)
         search.record(evaluation)
 
 
-def _halt(search: Search, keeper: _LeaseKeeper) -> tuple[JobState, str | None] | None:
-    """The state to take once nothing is in flight any more, or None to go on."""
+def _halt(search: Search, keeper: _LeaseKeeper, pause: str | None) -> tuple[JobState, str | None] | None:
+    """The state to take once nothing is in flight any more, or None to go on; ``pause`` is why the job has to pause."""
     wall_time = search.spec.budget.wall_time_s
     if wall_time is not None and keeper.elapsed_s >= wall_time:
         return "completed", f"{wall_time:g} s of running time are over"
+    if pause is not None:
+        return "paused", pause
     return ("paused", None) if keeper.requested == "pause" else None
 
 

@@ -197,6 +197,7 @@ class JobLog:
         evaluations: by candidate index, in the order in which they were recorded; a duplicate has none of its own.
         elapsed_s: running time so far.
         verified: by index of the candidates whose verification was begun, in that order, whether it is over.
+        cost: what the job cost so far, evaluations that were interrupted counted.
     """
 
     spec: JobSpec
@@ -205,6 +206,7 @@ class JobLog:
     evaluations: Mapping[int, Evaluation]
     elapsed_s: float
     verified: Mapping[int, bool] = field(default_factory=dict)
+    cost: Cost = FREE
 
 
 class RunStore(Protocol):
@@ -252,6 +254,9 @@ class RunStore(Protocol):
     def add_verification(self, lease: Lease, verification: Verification, remembered: Sequence[Remembered] = ()) -> bool:
         """Commit a verification that was begun, and keep ``remembered``; False if it is over already."""
 
+    def add_cost(self, lease: Lease, cost: Cost) -> None:
+        """Add what an evaluation cost that was interrupted, and so has no outcome, to the job's cost."""
+
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
         """Record a new state; a paused or final one also gives up the lease.
 
@@ -274,6 +279,7 @@ class Task:
         places: by objective, which of its items to measure, in this order (maybe none); None for those that ``items`` says.
         test: by objective, which of its test items to measure.
         race: when to stop before all items are measured; ``places`` are then in the shared order.
+        allowance: most that it may cost; None where nothing bounds it.
     """
 
     index: int
@@ -283,16 +289,18 @@ class Task:
     places: Mapping[str, NDArray[np.int64]] | None = None
     test: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     race: Terms | None = None
+    allowance: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker found: per-item scores, or a failure. Aggregation is the controller's.
+    """What a worker found: per-item scores, a failure, or why the job has to pause. Aggregation is the controller's.
 
     Attributes:
         test: per-item scores of test items.
         stopped: after how many items of the shared order the race was lost; None if it was not.
         lost_to: number of the reference in the race.
+        pause: why the candidate cannot be evaluated until somebody does something; it then has no outcome yet.
     """
 
     index: int
@@ -305,6 +313,7 @@ class Result:
     test: Mapping[str, ItemScores] = field(default_factory=dict)
     stopped: int | None = None
     lost_to: int = 0
+    pause: str | None = None
 
 
 class EvaluationPool(Protocol):

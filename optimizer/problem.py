@@ -197,6 +197,10 @@ class Problem(Strict):
     phases: list[PlannedPhase] = Field(default_factory=list, description="The phases; the spec's algorithm if empty.")
     grams: Grams | None = Field(default=None, description="Where an algorithm needs them.")
     alone: bool = Field(default=True, description="Whether a model by itself may be evaluated.")
+    estimate: dict[str, float] = Field(
+        default_factory=dict,
+        description="Most that one evaluation is thought to cost: items, tokens, requests, money; zeros left out.",
+    )
 
     @property
     def experts(self) -> list[str]:

@@ -411,6 +411,21 @@ class Budget(Strict):
         ge=1,
         description="Stop after this many evaluations in a row that do not improve the front.",
     )
+    requests: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="Most requests to services; the job pauses before it would exceed them.",
+    )
+    tokens: float | None = Field(
+        default=None, gt=0, le=1e15, description="Most tokens that services read and write; the job pauses before."
+    )
+    money: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e12,
+        description="Most money that services charge, by the prices in evaluators' options; the job pauses before.",
+    )
 
 
 class Racing(Strict):

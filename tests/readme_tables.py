@@ -107,7 +107,7 @@ def _traits(info: OperatorInfo) -> str:
 def evaluators() -> str:
     """Evaluators with their metrics."""
     rows = (
-        (f"`{name}`", found.summary, ", ".join(f"`{metric}`" for metric in found.metrics))
+        (f"`{name}`", found.summary, ", ".join(f"`{metric}`" for metric in found.metrics) or "named in its options")
         for name, found in EVALUATORS.items()
     )
     return _table(("evaluator", "what it measures", "metrics"), rows)

@@ -59,13 +59,12 @@ class EndpointWorker:
 
         Slopes are never had: nobody derives a loss through an endpoint.
         """
-        return attempt(task, self._name, partial(self._evaluate, task, cancelled))
+        return attempt(task, self._name, partial(self._evaluate, task, cancelled), self._client.meter)
 
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
-        before = self._client.requests
         with timed(seconds, "evaluate"):
             view = self._asked(task, cancelled)
-        cost = Cost(view.cost.items, view.cost.tokens, self._client.requests - before)
+        cost = Cost(view.cost.items, view.cost.tokens)  # of requests the meter knows
         if view.failure is not None or view.parts is None:
             return Result(
                 task.index, failure=self._failure(view, cancelled), seconds=seconds, worker=self._name, cost=cost

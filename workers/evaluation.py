@@ -19,6 +19,7 @@ from workers.checkpoints import Checkpoint
 from workers.measuring import Measure, Score, check_data, measures_of, take
 from workers.prepare import make_test_evaluators
 from workers.roots import Roots
+from workers.services.sharing import Services
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,14 @@ class Later:
 
 
 def unseen_measures(
-    spec: JobSpec, problem: Problem, roots: Roots, checkpoints: Mapping[str, Checkpoint]
+    spec: JobSpec,
+    problem: Problem,
+    roots: Roots,
+    checkpoints: Mapping[str, Checkpoint],
+    services: Services | None = None,
 ) -> list[Measure]:
     """Make the measures over test items; raises `InputsChanged` where these are not those that the job began with."""
-    evaluators = make_test_evaluators(spec, roots, checkpoints)
+    evaluators = make_test_evaluators(spec, roots, checkpoints, services)
     check_data([problem.objectives[number].test_items for number in evaluators], evaluators.values())
     return measures_of(spec, problem, evaluators, "test")
 

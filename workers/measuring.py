@@ -6,7 +6,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem, ResolvedObjective
 from optimizer.spec import JobSpec
 from workers.evaluators.base import Evaluator, Scores
+from workers.services.meter import Meter
 
 _MOST_PARTS = 64
 _NONE: Places = np.empty(0, dtype=np.int64)
@@ -161,20 +162,33 @@ def check_data(objectives: Sequence[ResolvedObjective], evaluators: Iterable[Eva
             )
 
 
-def attempt(task: Task, worker: str, work: Callable[[dict[str, float]], Result]) -> Result:
-    """Return the result of ``work``, or why the candidate has none.
+def attempt(task: Task, worker: str, work: Callable[[dict[str, float]], Result], meter: Meter | None = None) -> Result:
+    """Return the result of ``work``, or why the candidate has none, or none yet.
 
-    Errors that concern the whole job or that a retry may mend are raised: `JobError`, `JobPaused`, `RetryableError`.
-    Everything else is this candidate's failure.
+    Errors that concern the whole job or that a retry may mend are raised: `JobError`, `RetryableError`. `JobPaused` becomes
+    a result, so that what was spent until then is known. Everything else is this candidate's failure.
 
     Args:
+        task: the candidate, with what it may spend.
+        worker: how the worker is called in results.
         work: gets a dictionary to which it adds the seconds that its parts take.
+        meter: counts what services cost; None where none are asked, or ``work`` counts itself.
     """
+    if meter is None:
+        return _attempt(task, worker, work)
+    meter.allow(task.allowance)
+    found = _attempt(task, worker, work)
+    return replace(found, cost=found.cost + meter.take())  # of what was interrupted: scores have told theirs
+
+
+def _attempt(task: Task, worker: str, work: Callable[[dict[str, float]], Result]) -> Result:
     seconds: dict[str, float] = {}
     try:
         return work(seconds)
-    except (RetryableError, JobError, JobPaused):
+    except (RetryableError, JobError):
         raise
+    except JobPaused as error:
+        return Result(task.index, pause=str(error), seconds=dict(seconds), worker=worker)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         return _failed(task, worker, "out_of_memory", error, seconds)

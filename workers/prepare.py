@@ -9,6 +9,7 @@ from typing import Any
 
 from optimizer.algorithms.base import parse_options
 from optimizer.errors import InvalidInput, below
+from optimizer.fitness.cost import Cost
 from optimizer.geometry import Cuts, Layout
 from optimizer.parameter_space import parameter_problem
 from optimizer.phases import fields_of, plan
@@ -25,11 +26,13 @@ from workers.evaluators.base import EVALUATORS, Evaluator, Inputs, parse_evaluat
 from workers.evaluators.reference import ReferenceEvaluator
 from workers.grams import measure_grams
 from workers.identities import digest_of_files, measure_of
+from workers.measuring import measures_of
 from workers.merging.calibration import Calibrations, load_items, missing
 from workers.merging.engine import MergeEngine
 from workers.merging.operator import operator_info, parse_operator_options
 from workers.references import check_experts, experts_of
 from workers.roots import Roots
+from workers.services.sharing import Services
 from workers.splits import Splits, check_disjoint
 
 
@@ -76,6 +79,7 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
         calibration={name: found.id for name, found in items.items()},
         findings=findings,
     )
+    problem = problem.model_copy(update={"estimate": _estimate(spec, problem, evaluators)})
     space = make_space(spec, problem)
     engine = MergeEngine(checkpoints, layout, measurements=Calibrations(checkpoints, layout, items))
     if spec.merge.space is not None:
@@ -151,18 +155,31 @@ def _check_splits(spec: JobSpec, evaluators: Sequence[Evaluator], tests: Mapping
     )
 
 
-def make_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> list[Evaluator]:
-    """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model."""
+def make_evaluators(
+    spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint], services: Services | None = None
+) -> list[Evaluator]:
+    """Make the evaluator of each objective, its items loaded, checked and tokenised for its head's model.
+
+    Args:
+        spec: the job.
+        roots: where data may be, and what else is allowed.
+        checkpoints: by name; empty in jobs without them.
+        services: by which they ask services; new ones by default.
+    """
+    services = services or Services(workers=spec.workers.count)
     return [
-        _make_evaluator(spec, number, objective.data, "data", roots, checkpoints)
+        _make_evaluator(spec, number, objective.data, "data", roots, checkpoints, services)
         for number, objective in enumerate(spec.objectives)
     ]
 
 
-def make_test_evaluators(spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint]) -> dict[int, Evaluator]:
-    """Make, for each objective that has test items, by its number, the evaluator on them."""
+def make_test_evaluators(
+    spec: JobSpec, roots: Roots, checkpoints: Mapping[str, Checkpoint], services: Services | None = None
+) -> dict[int, Evaluator]:
+    """Make, for each objective that has test items, by its number, the evaluator on them; see `make_evaluators`."""
+    services = services or Services(workers=spec.workers.count)
     return {
-        number: _make_evaluator(spec, number, objective.test, "test", roots, checkpoints)
+        number: _make_evaluator(spec, number, objective.test, "test", roots, checkpoints, services)
         for number, objective in enumerate(spec.objectives)
         if objective.test is not None
     }
@@ -175,12 +192,13 @@ def _make_evaluator(
     which: str,
     roots: Roots,
     checkpoints: Mapping[str, Checkpoint],
+    services: Services,
 ) -> Evaluator:
     field, objective = f"objectives.{number}", spec.objectives[number]
     cls, options = parse_evaluator(objective, number)
     rows = read_rows(data, cls, roots, field, which)
     path = checkpoints[objective.head or "base"].path if checkpoints else Path()
-    found = cls(options, Inputs(rows, path, field, roots.policy, roots))
+    found = cls(options, Inputs(rows, path, field, roots.policy, roots, services))
     check_experts(found, [expert.name for expert in spec.experts], field)
     return found
 
@@ -209,11 +227,18 @@ def _prepare_parameters(spec: JobSpec, roots: Roots) -> Problem:
     evaluators, tests = make_evaluators(spec, roots, {}), make_test_evaluators(spec, roots, {})
     _check_splits(spec, evaluators, tests)
     problem = problem.model_copy(update={"objectives": _resolved(spec, evaluators, tests)})
+    problem = problem.model_copy(update={"estimate": _estimate(spec, problem, evaluators)})
     space = make_space(spec, problem)
     for number, candidate in enumerate(spec.warm_starts.candidates):
         with below(f"warm_starts.candidates.{number}"):
             space.encode(candidate)
     return problem.model_copy(update={"phases": plan(spec, problem)})
+
+
+def _estimate(spec: JobSpec, problem: Problem, evaluators: Sequence[Evaluator]) -> dict[str, float]:
+    """The most that one evaluation of all measures is thought to cost."""
+    measures = measures_of(spec, problem, dict(enumerate(evaluators)))
+    return Cost.total(measure.evaluator.estimate() for measure in measures).to_json()
 
 
 def _resolved(
@@ -241,7 +266,7 @@ def read_rows(data: DataSpec | None, cls: type[Evaluator], roots: Roots, field: 
     where = f"{field}.{part}"
     if cls.own_items and data is not None:
         raise InvalidInput(f"{cls.name} brings its own items", field=where, remedy="leave it out; see its options")
-    if cls.own_items:
+    if cls.own_items or (cls.data_optional and data is None):
         return no_rows(where)
     if data is None:
         raise InvalidInput(f"{cls.name} needs data to measure on", field=where, remedy="name a file or a directory")

@@ -14,8 +14,10 @@ from workers.evaluation import Later, measure, result_of, unseen_measures
 from workers.evaluators.base import Evaluator, Scores
 from workers.evaluators.service import ServiceEvaluator
 from workers.measuring import Measure, attempt, check_data, measures_of, timed
+from workers.merging.cache import Cache
 from workers.prepare import make_evaluators
 from workers.roots import Roots
+from workers.services.sharing import Services
 
 
 class ServiceWorker:
@@ -26,18 +28,20 @@ class ServiceWorker:
         problem: its inputs as found when it was prepared.
         roots: where data may be, and which services may be asked.
         name: how the worker is called in results.
+        cache: where services' answers are kept; in memory by default.
     """
 
-    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
+    def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str, cache: Cache | None = None) -> None:
         self._name = name
-        evaluators = make_evaluators(spec, roots, {})
+        self._services = Services.of(spec.workers.count, cache)
+        evaluators = make_evaluators(spec, roots, {}, self._services)
         check_data(problem.objectives, evaluators)
         self._measures = measures_of(spec, problem, dict(enumerate(evaluators)))
-        self._tests = Later(partial(unseen_measures, spec, problem, roots, {}))
+        self._tests = Later(partial(unseen_measures, spec, problem, roots, {}, self._services))
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the per-item scores of a candidate, or why it has none; raises as `attempt` does."""
-        return attempt(task, self._name, partial(self._evaluate, task, cancelled))
+        return attempt(task, self._name, partial(self._evaluate, task, cancelled), self._services.meter)
 
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
         recipe = Recipe.parse(task.recipe)

@@ -31,7 +31,7 @@ class Worker(Protocol):
 def start_worker(spec: JobSpec, problem: Problem, roots: Roots, name: str, cache: Cache | None = None) -> Worker:
     """Make the worker of a job; the arguments are those of `EvaluationWorker`."""
     if spec.parameters:
-        return ServiceWorker(spec, problem, roots, name)
+        return ServiceWorker(spec, problem, roots, name, cache)
     if spec.endpoint is not None:
         return EndpointWorker(spec, problem, roots, name)
     return EvaluationWorker(spec, problem, roots, name, cache=cache)

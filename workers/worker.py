@@ -30,6 +30,7 @@ from workers.merging.resident import ResidentModels
 from workers.prepare import make_evaluators
 from workers.references import References
 from workers.roots import Roots
+from workers.services.sharing import Services
 from workers.slopes import Slopes
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ class EvaluationWorker:
 
     def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str, *, cache: Cache | None = None) -> None:
         self._name = name
+        self._services = Services.of(spec.workers.count, cache)
         device = device_of(spec.workers)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
         checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
-        evaluators = make_evaluators(spec, roots, checkpoints)
+        evaluators = make_evaluators(spec, roots, checkpoints, self._services)
         _check_inputs(problem, checkpoints, evaluators)
         items = load_items(spec.merge.calibration, checkpoints, problem.layout, roots)
         check_items(items, problem.calibration)
@@ -67,14 +69,16 @@ class EvaluationWorker:
         self._measures = measures_of(spec, problem, dict(enumerate(evaluators)))
         references = References(self._models, problem.models, cache)
         _provide(references, self._measures)
-        self._tests = Later(lambda: _provide(references, unseen_measures(spec, problem, roots, checkpoints)))
+        self._tests = Later(
+            lambda: _provide(references, unseen_measures(spec, problem, roots, checkpoints, self._services))
+        )
         self._objectives = [objective.name for objective in problem.axes]
         groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
         self._slopes = Slopes(self._models, engine, groups)
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the per-item scores of a candidate, or why it has none; raises as `attempt` does."""
-        return attempt(task, self._name, partial(self._evaluate, task, cancelled))
+        return attempt(task, self._name, partial(self._evaluate, task, cancelled), self._services.meter)
 
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
         recipe = Recipe.parse(task.recipe)

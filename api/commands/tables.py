@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Group, RenderableType
@@ -161,6 +161,12 @@ def findings_table(findings: Iterable[Finding]) -> Table:
     return table
 
 
+def cost_text(cost: Mapping[str, float]) -> str:
+    """Return a cost in words: ``1,200 requests, 340,000 tokens, 0.51 in money``."""
+    names = {"requests": "requests", "tokens": "tokens", "money": "in money"}
+    return ", ".join(f"{cost[part]:,.6g} {name}" for part, name in names.items() if cost.get(part))
+
+
 def validation_panel(validation: ValidationView) -> RenderableType:
     """Return what a valid job spec comes to."""
     line = Text.assemble(("valid", "green"), f": {validation.variables} variables")
@@ -169,6 +175,8 @@ def validation_panel(validation: ValidationView) -> RenderableType:
             f", {len(validation.groups)} coefficient groups × {len(validation.columns)} ({', '.join(validation.columns)})"
         )
     parts: list[RenderableType] = [line]
+    if any(validation.estimate.get(part) for part in ("requests", "money")):
+        parts.append(Text(f"about {cost_text(validation.estimate)} at most"))
     if validation.phases:
         parts.append(phases_table(validation.phases))
     if validation.findings:

@@ -91,6 +91,7 @@ def validate_job(spec: SpecBody, context: Deps) -> ValidationView:
         groups=list(space.axes[0]),
         columns=list(space.axes[1]),
         phases=[PlannedPhaseView.of(phase) for phase in problem.phases or plan(spec, problem)],
+        estimate={part: amount * spec.budget.evaluations for part, amount in problem.estimate.items()},
     )
 
 

@@ -74,6 +74,7 @@ def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[st
             evaluations=_evaluations(rows, _slopes(session, job.id)),
             elapsed_s=job.elapsed_s,
             verified=verifications.states(session, job.id),
+            cost=Cost.of(job.cost),
         )
 
 

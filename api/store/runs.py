@@ -19,6 +19,7 @@ from api.store.models import CandidateRow, EnqueuedRow, ItemScoresRow, JobRow, R
 from api.views import ObjectiveView
 from optimizer.errors import Conflict, LeaseLost
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import Cost
 from optimizer.ports import (
     Candidate,
     Enqueued,
@@ -195,6 +196,11 @@ class Runs(Database):
         """
         with self._leased(lease, "add_verification") as (session, job):
             return verifications.record(session, job, verification, remembered)
+
+    def add_cost(self, lease: Lease, cost: Cost) -> None:
+        """Add what an interrupted evaluation cost to the job's cost. Raises `LeaseLost`."""
+        with self._leased(lease, "add_cost") as (_, job):
+            job.cost = (Cost.of(job.cost) + cost).to_json()
 
     def set_state(self, lease: Lease, state: JobState, reason: str | None = None) -> None:
         """Record a new state; a paused or final one also gives up the lease. Raises `LeaseLost`.

@@ -24,6 +24,7 @@ from optimizer.errors import (
     ServiceUnavailable,
     TooLarge,
 )
+from optimizer.fitness.cost import Cost
 from optimizer.geometry import Cuts
 from optimizer.problem import Grams
 from optimizer.spec import EndpointSpec
@@ -43,6 +44,7 @@ from workers.endpoint.protocol import (
 from workers.evaluators.base import Cancelled
 from workers.policy import Policy
 from workers.services.addresses import check_allowed, parse_origin, resolve
+from workers.services.meter import Meter
 from workers.services.options import Limits
 from workers.services.pace import SYSTEM, Backoff, Clock, retry_after_s
 from workers.services.requests import Redaction
@@ -51,6 +53,7 @@ from workers.services.wire import CalledOff, Fault, Reply, Wire
 FIELD = "endpoint"
 LIMITS = Limits(read_s=60.0 + LONGEST_WAIT_S, concurrency=1, max_response_bytes=64 * 2**20)
 
+_REQUEST = Cost(requests=1)
 _PULSE_S = 0.1  # how often whoever asks is asked whether it is called off
 _SHOWN = 300  # characters of an answer that an error may show
 _ERRORS: dict[str, type[MergeoptError]] = {
@@ -72,7 +75,7 @@ class EndpointClient:
     Requests are repeated, waiting longer each time, where an answer is missing, broken or busy; all of them may be.
 
     Attributes:
-        requests: how many were sent, repeated ones counted.
+        meter: counts the requests that are sent, repeated ones too, and stops at the budget.
 
     Args:
         spec: where it is, and the name of its token.
@@ -87,7 +90,7 @@ class EndpointClient:
     def __init__(self, spec: EndpointSpec, policy: Policy, limits: Limits = LIMITS, clock: Clock = SYSTEM) -> None:
         self.origin = parse_origin(spec.url, f"{FIELD}.url")
         check_allowed(self.origin, policy, f"{FIELD}.url")
-        self.requests = 0
+        self.meter = Meter()
         self._path = urlsplit(spec.url).path.rstrip("/").removesuffix(PREFIX) + PREFIX
         self._token = spec.token
         self._policy = policy
@@ -194,7 +197,8 @@ class EndpointClient:
         if body is not None:
             data = json.dumps(body, allow_nan=False).encode()
             headers["Content-Type"] = "application/json"
-        self.requests += 1
+        self.meter.reserve(_REQUEST)
+        self.meter.settle(_REQUEST, _REQUEST)
         return self._wire.exchange(method, self._path + path, headers, data, cancelled)
 
     def _secret(self) -> str:

@@ -29,6 +29,7 @@ from workers.data import Rows, digest_of
 from workers.evaluators.loading import load_config
 from workers.policy import Policy
 from workers.roots import NOTHING, NOWHERE, Roots
+from workers.services.sharing import Services
 
 
 class Cancelled(RetryableError):
@@ -81,6 +82,7 @@ class Inputs:
         field: dotted path of the objective in the job: ``objectives.0``.
         policy: what the server allows.
         roots: where files that options name may be; nowhere by default.
+        services: by which services are asked; of its own by default.
     """
 
     rows: Rows
@@ -88,6 +90,7 @@ class Inputs:
     field: str
     policy: Policy = NOTHING
     roots: Roots = NOWHERE
+    services: Services = dataclasses.field(default_factory=Services)
 
 
 class Evaluator(ABC):
@@ -114,6 +117,7 @@ class Evaluator(ABC):
             so that a part of the items gives an estimate of the whole; of these an item's score depends on the others
             (`workers.evaluators.contributions`), and on a part they are the measure of that part.
         own_items: whether the items come from its options, so that an objective names no data.
+        data_optional: whether an objective may name data or not.
         version: raise it when the same model and rows no longer give the same scores, so that none is read from a cache.
         remembered: whether an item's score may be kept and taken for the same merge again; see also `depends_on`.
         digest: SHA-256 over the rows, as hexadecimal digits.
@@ -128,6 +132,7 @@ class Evaluator(ABC):
     uses_head: ClassVar[bool]
     whole_only: frozenset[str] = frozenset()
     own_items: ClassVar[bool] = False
+    data_optional: ClassVar[bool] = False
     version: ClassVar[int] = 1
     remembered: ClassVar[bool] = True
 
@@ -214,6 +219,10 @@ class Evaluator(ABC):
     def scored(self, scores: Mapping[str, ItemScores], tokens: int | None = None) -> Scores:
         """Return scores of all rows with their cost; ``tokens`` where an evaluation does not take `tokens` of them."""
         return Scores(scores, Cost(items=len(self), tokens=self.tokens if tokens is None else tokens))
+
+    def estimate(self) -> Cost:
+        """Return the most that one evaluation is thought to cost."""
+        return Cost(items=len(self), tokens=self.tokens)
 
     def predictions(self, model: PreTrainedModel) -> Iterator[Prediction]:
         """Yield what a model holds likely of each item, in no particular order, for gradients with respect to weights.

@@ -110,6 +110,7 @@ class ServiceClient:
         field: dotted path in the job of what names the service, for errors.
         prices: what it charges.
         cache: where answers are kept; in memory by default.
+        meter: counts what it costs; its own by default.
         clock: what time it is.
         rng: for the jitter of waits.
         resolver: looks names up.
@@ -127,6 +128,7 @@ class ServiceClient:
         field: str,
         prices: Prices | None = None,
         cache: Cache | None = None,
+        meter: Meter | None = None,
         clock: Clock = SYSTEM,
         rng: random.Random | None = None,
         resolver: Resolver = system_resolver,
@@ -135,7 +137,7 @@ class ServiceClient:
         check_allowed(self.origin, policy, field)
         self.limits = limits
         self.prices = prices or Prices()
-        self.meter = Meter()
+        self.meter = meter if meter is not None else Meter()
         self._policy = policy
         self._field = field
         self._cache = cache if cache is not None else Cache(memory_bytes=256 * 2**20)
@@ -147,31 +149,35 @@ class ServiceClient:
         self._backoff = Backoff(limits.backoff_s, limits.longest_wait_s, rng or random.Random())  # noqa: S311 - jitter
         self._breaker = Breaker(limits.breaker, clock=clock)
         self._refusals = Breaker(limits.refusals, clock=clock)
-        self._wire = Wire(self.origin, self.addresses, limits, clock)
+        self._wire = Wire(self.origin, self._checked, limits, clock)
 
     def addresses(self) -> list[str]:
         """Return the service's addresses, looked up once and checked.
 
         Raises:
             InvalidInput: one of them may not be asked.
-            Fault: the name cannot be looked up now.
+            OSError: the name cannot be looked up now.
         """
         with self._resolving:
             if self._addresses is None:
-                try:
-                    self._addresses = resolve(self.origin, self._policy, self._field, self._resolver)
-                except OSError:
-                    raise Fault("its name cannot be looked up", down=True) from None
+                self._addresses = resolve(self.origin, self._policy, self._field, self._resolver)
             return self._addresses
 
-    def check(self, requests: Sequence[Request] = ()) -> None:
-        """Raise `InvalidInput` where an address may not be asked, or a secret of the requests is missing; asks nothing."""
-        for request in requests:
-            self._reveal(request)
+    def check(self) -> None:
+        """Look the name up; raises `InvalidInput` where an address may not be asked. Nothing is asked."""
         try:
             self.addresses()
-        except Fault as fault:
-            log.warning("%s: %s", self.origin, fault.text)
+        except OSError as error:
+            log.warning("%s: its name cannot be looked up now: %s", self.origin, error)
+
+    def _checked(self) -> list[str]:
+        """The addresses, as connections are made: then it is too late for an error of the spec."""
+        try:
+            return self.addresses()
+        except OSError:
+            raise Fault("its name cannot be looked up", down=True) from None
+        except InvalidInput as error:
+            raise self._paused(error.message, error.remedy) from None
 
     def close(self) -> None:
         """Close all connections."""
@@ -191,10 +197,10 @@ class ServiceClient:
             cancelled: asked ten times a second by the calling thread.
 
         Raises:
-            JobPaused: the service is down or refuses the credentials, or a budget is spent.
+            JobPaused: the service is down or refuses the credentials, a secret is missing, or a budget is spent.
             ServiceUnavailable: no usable answer to one of them in all attempts.
             InfeasibleCandidate: the service refuses one of them as it is, or its reader does.
-            InvalidInput: an address may not be asked, or there is no such secret.
+            InvalidInput: a request leads elsewhere, or has a header that cannot be sent.
             CalledOff: ``cancelled`` said so.
         """
         if not questions:
@@ -293,7 +299,10 @@ class ServiceClient:
         used: list[str] = []
 
         def lookup(name: str) -> str:
-            used.append(self._policy.secret(name, self._field))
+            try:
+                used.append(self._policy.secret(name, self._field))
+            except InvalidInput as error:
+                raise self._paused(error.message, error.remedy) from None
             return used[-1]
 
         url = reveal(request.url, lambda name: quote(lookup(name), safe=""))
@@ -371,7 +380,7 @@ class ServiceClient:
         self._breaker.failed(reason, at_once=True)
         return self._paused(reason)
 
-    def _paused(self, reason: str, remedy: str = "resume the job when it is back") -> JobPaused:
+    def _paused(self, reason: str, remedy: str | None = "resume the job when it is back") -> JobPaused:
         return JobPaused(f"the service {self.origin} cannot be used: {reason}", field=self._field, remedy=remedy)
 
 

@@ -28,13 +28,22 @@ class Meter:
 
     @property
     def spent(self) -> Cost:
-        """What was spent so far."""
+        """What was spent and not yet taken."""
         return self._spent
 
     def allow(self, allowance: Cost | None) -> None:
-        """Start counting anew, with another allowance."""
+        """Bound what may be spent, beside what was spent and not yet taken; None for no bound."""
         with self._lock:
-            self._spent, self._allowance = Cost(), allowance
+            self._allowance = allowance
+
+    def take(self) -> Cost:
+        """Return what was spent since this was last called, and lower the allowance by it."""
+        with self._lock:
+            spent, self._spent = self._spent, Cost()
+            if self._allowance is not None:
+                left = {name: getattr(self._allowance, name) - getattr(spent, name) for name in _BUDGETS}
+                self._allowance = Cost(**left)
+            return spent
 
     def reserve(self, estimate: Cost) -> None:
         """Reserve what a request will probably cost.
@@ -49,7 +58,7 @@ class Meter:
                     raise JobPaused(
                         f"the budget of {name} is spent",
                         field=f"budget.{name}",
-                        remedy="raise it and resume the job; answers that were paid for are kept",
+                        remedy="clone the job with a larger one: what was paid for is kept and costs nothing again",
                     )
             self._reserved += estimate
 

@@ -34,7 +34,8 @@ def same(one: Scores, two: Scores, rtol: float = 0.0, atol: float = 0.0) -> None
 
 
 def test_every_evaluator_has_a_case() -> None:
-    assert set(CASES) == set(EVALUATORS)
+    """Those that ask services look at no model; they have tests of their own."""
+    assert set(CASES) == {name for name, cls in EVALUATORS.items() if cls.auto_class}
     for name, case in CASES.items():
         assert bool(case.bad) == bool(EVALUATORS[name].columns), name
         assert (case.own is not None) == EVALUATORS[name].own_items, name

@@ -10,7 +10,7 @@ from optimizer.errors import InfeasibleCandidate
 from tests.workers.services.server import Server
 from workers.merging.cache import Cache
 from workers.policy import Policy
-from workers.services.addresses import Resolver
+from workers.services.addresses import Resolver, system_resolver
 from workers.services.client import BadAnswer, Question, Reading, ServiceClient
 from workers.services.options import Limits, Prices
 from workers.services.pace import SYSTEM, Clock
@@ -41,7 +41,7 @@ def client(
         rng=random.Random(0),
         cache=cache,
         prices=prices,
-        **({} if resolver is None else {"resolver": resolver}),
+        resolver=resolver or system_resolver,
     )
 
 

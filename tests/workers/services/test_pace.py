@@ -125,6 +125,12 @@ def test_a_meter_stops_before_a_budget_is_exceeded() -> None:
     with pytest.raises(JobPaused, match="requests"):
         meter.reserve(Cost(requests=1))
     assert meter.spent == Cost(requests=1, tokens=10)
+    meter.settle(Cost(requests=1, tokens=40), Cost(requests=1, tokens=40))
+    meter.settle(Cost(requests=1, tokens=40), Cost(requests=1, tokens=40))
+    assert meter.take() == Cost(requests=3, tokens=90)
+    assert meter.take() == Cost()
+    with pytest.raises(JobPaused, match="requests"):
+        meter.reserve(Cost(requests=1))  # what was taken is spent all the same
     meter.allow(None)
     meter.reserve(Cost(requests=10**6))
 

@@ -148,10 +148,16 @@ function validation(answer, openInForm) {
   return h("div", { class: "notice", "data-tone": "ok" },
     h("strong", null, "The job spec is valid"),
     h("span", null, searched(answer)),
+    answer.estimate.requests && h("span", null, `Services: ${estimated(answer.estimate)} at most.`),
     answer.phases.length > 0 && h("span", null, `Evaluations: ${answer.phases.map((phase) => `${phase.algorithm} ${count(phase.evaluations)}`).join(", then ")}.`),
     answer.phases.map((phase) => phase.why && h("span", { class: "muted" }, `${phase.algorithm}: ${phase.why}`)),
     answer.findings.length > 0 && findingList(answer.findings),
     openInForm && h("div", null, button("Open in the form", openInForm, { kind: "small" })));
+}
+
+function estimated({ requests, tokens, money }) {
+  return [`about ${plural(Math.round(requests), "request")}`, tokens && plural(Math.round(tokens), "token"), money && `${money.toPrecision(3)} in money`]
+    .filter(Boolean).join(", ");
 }
 
 function searched({ variables, groups, columns }) {
