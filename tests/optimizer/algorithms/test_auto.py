@@ -76,7 +76,7 @@ def test_experts_are_probed_first_where_there_are_several() -> None:
     assert phases[1].evaluations >= phases[2].evaluations
     few = planned(experts=8, evaluations=50)
     assert names(few) == ["cma_es", "bayesian"]
-    assert few[0].evaluations == 29, "ten warm starts, nine probes and a generation of ten"
+    assert few[0].evaluations == 33, "ten warm starts, nine probes and a generation of fourteen"
     assert names(planned(experts=8, evaluations=20)) == ["bayesian"], "too few to probe eight experts"
     assert "cma_es" not in names(planned(experts=4, objectives=2, evaluations=200))
 
