@@ -70,15 +70,22 @@ def test_a_model_first_and_evolution_for_long_budgets() -> None:
 
 
 def test_experts_are_probed_first_where_there_are_several() -> None:
-    phases = planned(experts=8, evaluations=200)
+    phases = planned(experts=4, evaluations=200)
     assert names(phases) == ["baselines", "cma_es", "bayesian"]
-    assert "each of 8 experts is probed" in phases[1].why
+    assert "each of 4 experts is probed" in phases[1].why
     assert phases[1].evaluations >= phases[2].evaluations
-    few = planned(experts=8, evaluations=50)
+    few = planned(experts=6, evaluations=50)
     assert names(few) == ["cma_es", "bayesian"]
-    assert few[0].evaluations == 29, "ten warm starts, nine probes and a generation of ten"
+    assert few[0].evaluations == 28, "eight warm starts, seven probes and a generation of thirteen"
     assert names(planned(experts=8, evaluations=20)) == ["bayesian"], "too few to probe eight experts"
     assert "cma_es" not in names(planned(experts=4, objectives=2, evaluations=200))
+
+
+@pytest.mark.parametrize("evaluations", [50, 200, 2000])
+def test_with_many_coefficients_evolution_goes_on_alone(evaluations: int) -> None:
+    phases = planned(experts=8, evaluations=evaluations)
+    assert [name for name in names(phases) if name != "baselines"] == ["cma_es"]
+    assert "each of 8 experts is probed" in phases[-1].why
 
 
 def test_probes_are_of_the_experts_that_are_kept() -> None:
