@@ -84,6 +84,14 @@ def test_its_graded_answers_are_generated_once() -> None:
     assert answers[0][1] == answers[1][1], "one generation for correctness and length"
 
 
+@pytest.mark.parametrize("evaluator", ["http", "chat_mix"])
+def test_its_jobs_behind_services_are_such(evaluator: str) -> None:
+    job = {"name": "behind services", "budget": {"evaluations": 10}} | with_evaluator(evaluator)
+    spec = parse_spec(job)
+    assert spec.parameters
+    assert parse_evaluator(spec.objectives[0], 0)[0].name == evaluator
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", README.read_text(encoding="utf-8")))))
 def test_the_files_it_links_to_exist(link: str) -> None:
     assert (README.parent / link).exists()
