@@ -298,11 +298,11 @@ class JobRun:
 
 def _halt(search: Search, keeper: _LeaseKeeper, pause: str | None) -> tuple[JobState, str | None] | None:
     """The state to take once nothing is in flight any more, or None to go on; ``pause`` is why the job has to pause."""
+    if pause is not None:  # first: what is still to be verified once the time is over needs the same services
+        return "paused", pause
     wall_time = search.spec.budget.wall_time_s
     if wall_time is not None and keeper.elapsed_s >= wall_time:
         return "completed", f"{wall_time:g} s of running time are over"
-    if pause is not None:
-        return "paused", pause
     return ("paused", None) if keeper.requested == "pause" else None
 
 

@@ -84,7 +84,7 @@ def test_its_graded_answers_are_generated_once() -> None:
     assert answers[0][1] == answers[1][1], "one generation for correctness and length"
 
 
-@pytest.mark.parametrize("evaluator", ["http", "chat_mix"])
+@pytest.mark.parametrize("evaluator", ["http", "chat", "chat_mix"])
 def test_its_jobs_behind_services_are_such(evaluator: str) -> None:
     job = {"name": "behind services", "budget": {"evaluations": 10}} | with_evaluator(evaluator)
     spec = parse_spec(job)

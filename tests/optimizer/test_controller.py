@@ -16,12 +16,14 @@ from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.errors import JobError, Unavailable, WorkerLost
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import Cost
 from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import CandidateInput, JobSpec
 from tests.factories import make_problem, make_spec
 
-Score = Callable[[np.ndarray[Any, Any]], dict[str, float] | Failure]
+Score = Callable[[np.ndarray[Any, Any]], dict[str, float] | Failure | str]
+"""Scores by objective, or why there are none, or why the job has to pause."""
 
 
 def good(x: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -66,6 +68,8 @@ class _Pool:
         task = self._todo.pop()  # the last one first: arrival order must not matter
         self._pools.evaluated.append(task.index)
         found = self._pools.score(np.array(task.recipe["root"]["coefficients"]))
+        if isinstance(found, str):
+            return [Result(task.index, pause=found, cost=Cost(requests=2))]
         if isinstance(found, Failure):
             return [Result(task.index, failure=found)]
         return [Result(task.index, {n: ItemScores(np.full(4, v, dtype=np.float32)) for n, v in found.items()})]
@@ -270,6 +274,44 @@ def test_wall_time_ends_a_job(store: SqlStore) -> None:
     assert job.state == "completed"
     assert job.reason == "0.3 s of running time are over"
     assert job.progress.completed < 100_000
+
+
+def test_an_evaluation_that_cannot_go_on_pauses_the_job_and_begins_anew(store: SqlStore) -> None:
+    """What it cost counts; the others that were in flight are finished first."""
+    asked: list[int] = []
+
+    def score(x: np.ndarray[Any, Any]) -> dict[str, float] | str:
+        asked.append(len(asked))
+        return "the service is down" if len(asked) == 5 else good(x)
+
+    pools = Pools(score)
+    job = run(store, pools, parallel_evaluations=3, workers={"count": 3})
+    assert (job.state, job.reason) == ("paused", "the service is down")
+    assert job.progress.failed == 0
+    assert job.progress.completed == len(asked) - 1
+    assert job.progress.cost == {"requests": 2}
+    assert not controller(store, pools).run_next(), "nobody takes it up before its user says so"
+    store.request(job.id, "run")
+    assert controller(store, pools).run_next()
+    done = store.get_job(job.id)
+    assert (done.state, done.progress.completed, done.progress.failed) == ("completed", 20, 0)
+    assert len(asked) == 21
+    assert sorted(set(pools.evaluated)) == list(range(20))
+
+
+def test_a_pause_comes_before_the_end_of_the_time(store: SqlStore) -> None:
+    """What is still to be verified could not be: asking again and again would help nobody."""
+
+    def score(x: np.ndarray[Any, Any]) -> str:
+        time.sleep(0.1)
+        return "the service is down"
+
+    budget = {"evaluations": 20, "wall_time_s": 0.05}
+    job = run(store, Pools(score), budget=budget)
+    assert (job.state, job.reason) == ("paused", "the service is down")
+    store.request(job.id, "run")
+    assert controller(store, Pools()).run_next()
+    assert store.get_job(job.id).reason == "0.05 s of running time are over"
 
 
 def test_candidates_enqueued_before_the_job_ran_are_taken_up_or_rejected(store: SqlStore) -> None:
