@@ -18,7 +18,7 @@ from tests.ui.service import Service, running_service
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 _FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_WAIT_MS = 20_000
+_WAIT_MS = 60_000
 
 StartService = Callable[..., Service]
 

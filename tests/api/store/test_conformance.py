@@ -1169,6 +1169,8 @@ class TestEvents:
                     "on_front": True,
                     "label": None,
                     "partial": None,
+                    "stopped": False,
+                    "errors": None,
                     "progress": store.get_job(lease.job_id).progress.model_dump(mode="json"),
                 },
             ),
