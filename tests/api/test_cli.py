@@ -80,11 +80,24 @@ def commands() -> dict[str, list[str]]:
 def test_commands_and_their_options() -> None:
     remote = ["--url", "--token"]
     store = ["--home", "--database-url"]
-    apart = ("serve", "api", "controller", "endpoint")
-    assert {n: o for n, o in commands().items() if n not in apart and not n.startswith("token")} == {
+    assert {name: options for name, options in commands().items() if name not in ("serve", "api", "controller")} == {
         "run": [*store, "--root", "--pool", "--ray-address"],
         "demo": ["--home"],
         "version": [],
+        "endpoint": [
+            "--models",
+            "--base",
+            "--host",
+            "--port",
+            "--home",
+            "--root",
+            "--public-host",
+            "--check",
+            "--log-level",
+        ],
+        "token create": ["--days", "--endpoint", *store],
+        "token list": ["--endpoint", *store],
+        "token revoke": ["--endpoint", *store],
         "db upgrade": store,
         "db downgrade": store,
         "db current": store,
@@ -285,8 +298,14 @@ def test_clone(run: Run, job: JobView, store: SqlStore, tmp_path: Path) -> None:
     clone = store.get_job(printed.split()[0])
 
     assert (clone.name, clone.spec["seed"], clone.cloned_from) == ("other", 5, job.id)
-    budget = {name: value for name, value in clone.spec["budget"].items() if value is not None}
-    assert budget == {"evaluations": 7, "patience": 4}
+    assert clone.spec["budget"] == {
+        "evaluations": 7,
+        "wall_time_s": None,
+        "patience": 4,
+        "requests": None,
+        "tokens": None,
+        "money": None,
+    }
 
 
 def in_background(act: Callable[[], None]) -> threading.Thread:
