@@ -36,11 +36,11 @@ from optimizer.ports import (
     Request,
     Result,
     RunStore,
+    Task,
 )
 from optimizer.problem import Problem
 from optimizer.races import Races
 from optimizer.search import Search
-from optimizer.spec import Budget
 from optimizer.spending import Spending
 from optimizer.verifying import Verifying
 
@@ -121,10 +121,11 @@ class JobRun:
         self._stop = stop
         self._dispatched: set[int] = set()
         self._verified: set[int] = set()  # candidates that are being verified
-        self._measuring: Measuring  # once the inputs are known
-        self._verifying: Verifying
         self._pause: str | None = None  # why the job has to, once what is in flight is back
-        self._spending = Spending(Budget(evaluations=1))
+        # Made once the inputs are known.
+        self._spending: Spending
+        self._measuring: Measuring
+        self._verifying: Verifying
 
     def run(self) -> None:
         """Run the job until it ends, pauses, is taken over, or the controller is stopped."""
@@ -227,26 +228,28 @@ class JobRun:
             if task is None:
                 self._verifying.record(Result(index, worker="cache"))
                 continue
-            pool.submit(replace(task, allowance=self._spending.start(index, most)))
+            self._submit(pool, task, most)
             self._verified.add(index)
         return not self._verifying.waiting
 
+    def _submit(self, pool: EvaluationPool, task: Task, most: int) -> None:
+        """Hand over a task with its share of the budgets, where ``most`` may be under way at once."""
+        pool.submit(replace(task, allowance=self._spending.start(task.index, most)))
+
     def _take(self, search: Search, result: Result) -> None:
-        if result.index not in self._verified:
-            self._record(search, result)
-            return
-        self._spending.end(result.index, result.cost)
-        self._verified.discard(result.index)
-        if result.pause is None:
+        """Take what a worker brought: an outcome, a verification, or why the job has to pause."""
+        index, verified = result.index, result.index in self._verified
+        self._spending.end(index, result.cost)
+        if result.pause is not None:
+            # It begins anew once somebody has done something; what it cost until then counts.
+            (self._verifying if verified else self._measuring).forget([index])
+            self._pause = self._pause or result.pause
+            self._store.add_cost(self._lease, result.cost)
+        elif verified:
             self._verifying.record(result)
         else:
-            self._verifying.forget([result.index])
-            self._interrupted(result)
-
-    def _interrupted(self, result: Result) -> None:
-        """An evaluation that has to wait until somebody does something: what it cost counts, and the job pauses."""
-        self._pause = self._pause or result.pause
-        self._store.add_cost(self._lease, result.cost)
+            self._record(search, result)
+        (self._verified if verified else self._dispatched).discard(index)
 
     def _take_enqueued(self, search: Search) -> None:
         for item in self._store.enqueued(self._lease):
@@ -279,20 +282,13 @@ class JobRun:
             if plan.task is None:
                 self._record(search, Result(candidate.index, worker="cache"))
                 continue
-            pool.submit(replace(plan.task, allowance=self._spending.start(candidate.index, most)))
+            self._submit(pool, plan.task, most)
             self._dispatched.add(candidate.index)
             under_way.add(candidate.fingerprint)
 
     def _record(self, search: Search, result: Result) -> None:
-        self._spending.end(result.index, result.cost)
-        if result.pause is not None:
-            self._dispatched.discard(result.index)
-            self._measuring.forget([result.index])
-            self._interrupted(result)
-            return
         evaluation, fresh = self._measuring.outcome(search.candidates[result.index], result)
         self._store.add_evaluation(self._lease, evaluation, fresh)
-        self._dispatched.discard(result.index)
         search.record(evaluation)
 
 
