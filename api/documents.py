@@ -69,13 +69,19 @@ def _parse_yaml(text: bytes | str) -> Any:
 def _check_depth(text: bytes | str) -> None:
     """Refuse deep nesting by the parser's events, which need no stack: composing the nodes would overflow the C stack."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_DEPTH:
-            raise RecursionError
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > MAX_DEPTH:
+                raise RecursionError
+    except yaml.scanner.ScannerError as error:
+        # Some builds of libyaml read far ahead of the events that they give, and stop at a limit of their own.
+        if "maximum nesting depth" in str(error):
+            raise RecursionError from error
+        raise
 
 
 def _expanded_size(node: yaml.Node, known: dict[int, int], depth: int) -> int:

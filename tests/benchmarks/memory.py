@@ -9,6 +9,8 @@ number of experts: at most one model and `SCRATCH`.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import sys
@@ -68,6 +70,9 @@ class Peak:
 
     def __enter__(self) -> Peak:
         self.bytes = 0
+        # What was freed before would be taken anew, or given back, while the block runs.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         self._before = anonymous()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -129,7 +134,8 @@ def measure(folder: Path, operator: str, count: int, cache: Path | None = None) 
     layout, _ = inspect(checkpoints["base"], experts, [])
     engine = MergeEngine(checkpoints, layout, cache=Cache(cache))
     recipes = [recipe(checkpoints, operator, scale) for scale in (0.5, 1.0, 1.5)[:_CANDIDATES]]
-    engine.merged(recipes[0], layout.shared[-1], torch.float32)  # libraries allocate on their first use
+    # Libraries allocate on their first use.
+    engine.apply(recipes[0], {tensor.name: torch.zeros(tensor.shape) for tensor in layout.shared})
     with Peak() as peak:
         resident = {tensor.name: torch.zeros(tensor.shape) for tensor in layout.shared}
         for candidate in recipes:

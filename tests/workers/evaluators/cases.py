@@ -32,6 +32,7 @@ from workers.data import Rows, load_rows, no_rows
 from workers.evaluators.base import EVALUATORS, Evaluator, Inputs
 from workers.evaluators.reference import ReferenceEvaluator
 from workers.policy import Policy
+from workers.quiet import quiet
 from workers.roots import NOTHING, Roots
 
 FIELD = "objectives.0"
@@ -272,7 +273,8 @@ def build(name: str, checkpoint: Path, rows: Rows | Sequence[Row], **options: An
 def open_model(name: str, checkpoint: Path) -> PreTrainedModel:
     """Open a checkpoint with the class that an evaluator of it names."""
     auto_class = _AUTO_CLASSES.get(CASES[name].checkpoint, EVALUATORS[name].auto_class)
-    model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(checkpoint)
+    with quiet():
+        model: PreTrainedModel = getattr(transformers, auto_class).from_pretrained(checkpoint)
     return model
 
 

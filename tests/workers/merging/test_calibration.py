@@ -42,7 +42,7 @@ from tests.workers.models import (
     tokenizer,
 )
 from workers.checkpoints import Checkpoint
-from workers.evaluators.base import Evaluator
+from workers.evaluators.base import EVALUATORS, Evaluator
 from workers.export import export_checkpoint
 from workers.merging import calibration as module
 from workers.merging.cache import Cache
@@ -57,6 +57,8 @@ from workers.worker import EvaluationWorker
 
 CPU = torch.device("cpu")
 HEADS = ("classifier.*", "score.*")
+LIKELY = sorted(name for name in CASES if EVALUATORS[name].predictions is not Evaluator.predictions)
+"""Evaluators whose scores are likelihoods."""
 Models = tuple[dict[str, Checkpoint], Layout]
 ROWS: dict[str, list[Row]] = {
     "one": [{"text": words(1 + 3 * n % 7, n), "label": n % 3} for n in range(9)],
@@ -254,8 +256,8 @@ def measured(name: str, path: Path, question: str, weights: Callable[[str], bool
     return measure(question, model, evaluator, parameters, 0)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_every_evaluator_can_be_measured_on(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LIKELY)
+def test_every_evaluator_of_likelihoods_can_be_measured_on(name: str, tmp_path: Path) -> None:
     path = CASES[name].checkpoint(tmp_path)
     for question in ("fisher", "fisher_sampled"):
         found = measured(name, path, question, lambda _: True)
@@ -754,7 +756,14 @@ def test_bad_rows_are_refused_by_row(tmp_path: Path) -> None:
 # --- the evaluators' side ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(LIKELY)))
+def test_an_evaluator_without_likelihoods_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=f"{name} gives no likelihoods") as caught:
+        measured(name, CASES[name].checkpoint(tmp_path), "fisher", lambda _: True)
+    assert caught.value.field == "evaluator"
+
+
+@pytest.mark.parametrize("name", LIKELY)
 @pytest.mark.parametrize("size", [1, 3])
 def test_predictions_are_what_the_loss_is_the_likelihood_of(name: str, size: int, tmp_path: Path) -> None:
     path = CASES[name].checkpoint(tmp_path)
