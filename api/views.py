@@ -184,6 +184,10 @@ class CandidateSummary(View):
         default=False,
         description="Whether it was not measured on all because it was clear that it loses; its values are estimates.",
     )
+    estimated: bool = Field(
+        default=False,
+        description="Whether its values are estimated from the anchor items, on which alone it was measured.",
+    )
     state: CandidateState
     values: list[float] | None = Field(default=None, description="One for each objective, in the job's order.")
     errors: list[float] | None = Field(

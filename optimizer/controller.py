@@ -23,6 +23,7 @@ from optimizer.errors import (
     RetryableError,
     Unavailable,
 )
+from optimizer.estimating import Estimating
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.fitness.cost import FREE, Cost
 from optimizer.measuring import Measuring, Memory
@@ -173,7 +174,8 @@ class JobRun:
             self._add(search, first)
         memory = Memory(self._store, self._lease, enabled=record.spec.fitness.cache)
         races = Races(record.spec, problem, self._store, self._lease)
-        self._measuring = Measuring(record.spec, problem, memory, races)
+        estimating = Estimating(search, self._store, self._lease, record.anchors)
+        self._measuring = Measuring(record.spec, problem, memory, races, estimating)
         self._verifying = Verifying(search, self._store, self._lease, memory, record.verified)
         pool = self._pools.open(record.spec, problem)
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from optimizer.errors import InfeasibleCandidate
+from optimizer.estimating import Estimating
 from optimizer.fitness.aggregate import ItemScores, aggregate, violation
 from optimizer.fitness.known import Known, PlacedScores, Places, missing, pick, union
 from optimizer.fitness.subset import item_order
@@ -48,9 +49,11 @@ class Measuring:
         problem: its inputs as found.
         memory: of scores that need not be measured again.
         races: in which candidates may lose before all their items are measured.
+        estimating: makes estimates of candidates that are measured on the anchors alone.
     """
 
-    def __init__(self, spec: JobSpec, problem: Problem, memory: Memory, races: Races) -> None:
+    def __init__(self, spec: JobSpec, problem: Problem, memory: Memory, races: Races, estimating: Estimating) -> None:
+        self._estimating = estimating
         self._spec = spec
         self._problem = problem
         self._memory = memory
@@ -62,9 +65,12 @@ class Measuring:
         objectives = self._problem.objectives
         wanted = {objective.name: self._wanted(objective, candidate) for objective in objectives}
         known = self._memory.recall(objectives, candidate.fingerprint)
+        if candidate.estimated:
+            wanted = self._estimating.places()
         race = self._races.terms(candidate.rivals, known)
         order = wanted if race is None else self._races.order
-        places = {name: missing(known.get(name, _UNKNOWN), order[name]) for name in order} if known or race else None
+        partial = candidate.estimated or race is not None or bool(known)
+        places = {name: missing(known.get(name, _UNKNOWN), order[name]) for name in order} if partial else None
         task: Task | None = Task(
             candidate.index, candidate.recipe, candidate.items, candidate.slopes, places, race=race
         )
@@ -96,6 +102,9 @@ class Measuring:
             values = aggregate(self._problem.objectives, scores)
         except InfeasibleCandidate as error:
             return replace(evaluation, failure=Failure(error.code, str(error))), remembered
+        if candidate.estimated:
+            values, errors = self._estimating.estimate(scores)
+            evaluation = replace(evaluation, errors=errors)
         if result.stopped is not None and candidate.rivals is not None:
             values, errors = self._races.estimate(candidate.rivals.references[result.lost_to], scores)
             evaluation = replace(evaluation, stopped=result.stopped, errors=errors)

@@ -72,6 +72,7 @@ class Candidate:
         phase: number of the job's phase that it belongs to, from 0.
         items: how many items of each objective it is measured on; None for all.
         slopes: whether `Evaluation.slopes` are wanted.
+        estimated: whether it is measured on anchor items only, and its values estimated from them.
         rivals: whom it must not lose to, lest its evaluation be stopped; None where it is measured as asked.
     """
 
@@ -88,6 +89,7 @@ class Candidate:
     phase: int = 0
     items: int | None = None
     slopes: bool = False
+    estimated: bool = False
     rivals: Rivals | None = None
 
 
@@ -198,6 +200,7 @@ class JobLog:
         elapsed_s: running time so far.
         verified: by index of the candidates whose verification was begun, in that order, whether it is over.
         cost: what the job cost so far, evaluations that were interrupted counted.
+        anchors: what `RunStore.set_anchors` kept, or None.
     """
 
     spec: JobSpec
@@ -207,6 +210,7 @@ class JobLog:
     elapsed_s: float
     verified: Mapping[int, bool] = field(default_factory=dict)
     cost: Cost = FREE
+    anchors: Mapping[str, Any] | None = None
 
 
 class RunStore(Protocol):
@@ -253,6 +257,9 @@ class RunStore(Protocol):
 
     def add_verification(self, lease: Lease, verification: Verification, remembered: Sequence[Remembered] = ()) -> bool:
         """Commit a verification that was begun, and keep ``remembered``; False if it is over already."""
+
+    def set_anchors(self, lease: Lease, anchors: Mapping[str, Any]) -> None:
+        """Commit which items stand for all, and the models that estimates are made with; plain data, once for the job."""
 
     def add_cost(self, lease: Lease, cost: Cost) -> None:
         """Add what an evaluation cost that was interrupted, and so has no outcome, to the job's cost."""

@@ -189,15 +189,16 @@ class Search:
     @property
     def baselines(self) -> list[int]:
         """The warm starts that the job began with and that were measured: candidates that no search has chosen."""
-        return [
-            candidate.index
-            for candidate in self.candidates
-            if candidate.origin == "warm_start"
-            and candidate.told == 0
-            and candidate.duplicate_of is None
-            and (found := self.evaluations.get(candidate.index)) is not None
-            and found.values is not None
-        ]
+        return [index for index in self.beginnings if self.candidates[index].origin == "warm_start"]
+
+    @property
+    def beginnings(self) -> list[int]:
+        """All candidates that the job began with and that were measured."""
+        return [candidate.index for candidate in self.candidates if _is_first(candidate) and self._measured(candidate)]
+
+    def _measured(self, candidate: Candidate) -> bool:
+        found = self.evaluations.get(candidate.index)
+        return candidate.duplicate_of is None and found is not None and found.values is not None
 
     def recipe_of(self, index: int) -> Recipe:
         """The recipe of a recorded candidate."""
@@ -269,13 +270,30 @@ class Search:
     @property
     def best(self) -> list[int]:
         """The front's candidates, that with the lowest weighted sum of normalised losses first."""
-        if not self._front.indices:
-            return []
-        losses = self._front.losses
-        weights = np.array([objective.weight for objective in self.problem.axes])
-        spread = np.ptp(losses, axis=0)
-        order = np.argsort((losses - losses.min(axis=0)) / np.where(spread > 0, spread, 1.0) @ weights, kind="stable")
+        order = np.argsort(self._sums(self._front.losses), kind="stable")
         return [self._front.indices[place] for place in order]
+
+    @property
+    def ranked(self) -> list[int]:
+        """All candidates that could join the front, that with the lowest weighted sum of losses first; see `best`."""
+        known = [
+            (candidate.index, losses)
+            for candidate in self.candidates
+            if candidate.duplicate_of is None and candidate.items is None
+            if (found := self.evaluations.get(candidate.index)) is not None and _joins(found)
+            if (losses := self._losses(found)) is not None
+        ]
+        sums = self._sums(np.array([losses for _, losses in known]).reshape(len(known), len(self.problem.axes)))
+        return [known[place][0] for place in np.argsort(sums, kind="stable")]
+
+    def _sums(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weighted sums of losses, shape (n, axes), each counted from the front's least in units of its spread there."""
+        if not len(losses):
+            return np.empty(0)
+        front = self._front.losses
+        weights = np.array([objective.weight for objective in self.problem.axes])
+        spread = np.ptp(front, axis=0)
+        return np.asarray((losses - front.min(axis=0)) / np.where(spread > 0, spread, 1.0) @ weights)
 
     def _start(self, space: JobSpace) -> Genome:
         if not self._front.indices:
@@ -361,12 +379,18 @@ class Search:
             parents=proposal.parents,
             items=proposal.items,
             slopes=proposal.slopes,
+            estimated=self._estimated(proposal),
             rivals=self._rivals(proposal),
         )
 
+    def _estimated(self, proposal: Proposal) -> bool:
+        """Whether a proposal is measured on the anchors alone; who learns item by item needs all items."""
+        wanted = self.spec.fitness.estimation.method != "none"
+        return wanted and proposal.items is None and not proposal.slopes and not self.algorithm.needs_items
+
     def _rivals(self, proposal: Proposal) -> Rivals | None:
         """Whom a proposal must not lose to, where its evaluation may be stopped."""
-        if not self._races or proposal.items is not None or proposal.slopes:
+        if not self._races or self._estimated(proposal) or proposal.items is not None or proposal.slopes:
             return None
         rivals = self.algorithm.rivals()
         if rivals is None:
@@ -495,6 +519,8 @@ def _serves(earlier: Candidate, wanted: Candidate) -> bool:
     """Whether the outcome of ``earlier`` is all that ``wanted``, of the same recipe, asks for."""
     if earlier.rivals is not None and wanted.rivals is None:
         return False  # it may be stopped before it is measured on all items
+    if earlier.estimated and not wanted.estimated:
+        return False
     return earlier.items == wanted.items and (earlier.slopes or not wanted.slopes)
 
 

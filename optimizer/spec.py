@@ -450,14 +450,33 @@ class Racing(Strict):
     )
 
 
+class Estimation(Strict):
+    """Measures the search's candidates on a few items of each objective and estimates the rest."""
+
+    method: Literal["none", "mean", "weighted", "regression", "mp_irt", "gmp_irt"] = Field(
+        default="none",
+        description=(
+            "`mean` of random items; `weighted`: items that stand for clusters on which the candidates that the job begins "
+            "with score alike; `regression` on the scores of these; `mp_irt` and `gmp_irt`: item-response models (MERGE³) "
+            "for scores that are right or wrong, else `regression`."
+        ),
+    )
+    items: int = Field(
+        default=50, ge=8, le=100_000, description="Items of each objective; all where an objective has no more."
+    )
+
+
 class Verification(Strict):
-    """What is measured anew when the search is over, where objectives have test items."""
+    """What is measured anew when the search is over, where objectives have test items or values are estimates."""
 
     candidates: int = Field(
         default=16,
         ge=0,
         le=10_000,
-        description="Most candidates of the front, the best by weighted loss first; with 0 nothing is measured anew.",
+        description=(
+            "Most candidates of the front, the best by weighted loss first; where values are estimates, so many of the best "
+            "by weighted loss whether on the front or not. With 0 nothing is measured anew."
+        ),
     )
     baselines: bool = Field(
         default=True,
@@ -481,9 +500,12 @@ class Fitness(Strict):
     racing: Racing = Field(
         default_factory=Racing, description="Stops the evaluation of a candidate once it is clear that it loses."
     )
+    estimation: Estimation = Field(
+        default_factory=Estimation,
+        description="Measures the search's candidates on a few items of each objective and estimates the rest.",
+    )
     verification: Verification = Field(
-        default_factory=Verification,
-        description="What is measured anew when the search is over, where objectives have test items.",
+        default_factory=Verification, description="What is measured anew when the search is over."
     )
 
 

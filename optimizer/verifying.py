@@ -56,10 +56,14 @@ class Verifying:
 
     def _chosen(self) -> list[int]:
         options = self._search.spec.fitness.verification
-        if not self._test_items or not options.candidates:
+        chosen = self._search.best[: options.candidates]
+        estimated = any(self._search.candidates[index].estimated for index in chosen)
+        if not chosen or not (self._test_items or estimated):
             return []
-        front = self._search.best[: options.candidates]
-        return [*front, *(index for index in self._search.baselines if options.baselines and index not in front)]
+        if estimated:  # which are the best, estimates cannot tell for sure
+            others = [index for index in self._search.ranked if index not in chosen]
+            chosen += others[: options.candidates - len(chosen)]
+        return [*chosen, *(index for index in self._search.baselines if options.baselines and index not in chosen)]
 
     def task(self, index: int) -> Task | None:
         """Return what a worker must measure of a candidate; None if everything is known."""

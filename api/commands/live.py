@@ -102,7 +102,7 @@ def _verified(data: Data) -> str:
     head = f"candidate {data['index']} on test items"
     if data["state"] == "failed":
         return f"{head}: failed"
-    scores = "  ".join(f"{name} {number(value)}" for name, value in data["test"].items())
+    scores = "  ".join(f"{name} {number(value)}" for name, value in (data["test"] or data["search"]).items())
     return f"{head}  {scores}" + (f"  overfitted: {', '.join(data['overfitted'])}" if data["overfitted"] else "")
 
 

@@ -11,7 +11,7 @@ from api.store import events, lifecycle, rendering, verifications
 from api.store.candidates import find_candidate
 from api.store.columns import utc_now
 from api.store.engine import Database, expiry
-from api.store.models import ExportRow, RecipeRow
+from api.store.models import CandidateRow, ExportRow, RecipeRow
 from api.store.ports import DEFAULT_EXPORT, ExportTask
 from api.views import ExportOptions, ExportState, ExportView
 from optimizer.errors import Conflict, InvalidInput, LeaseLost, NotFound
@@ -150,10 +150,14 @@ def _task(session: Session, export: ExportRow) -> ExportTask:
         recipe=recipe.recipe,
         spec=JobSpec.model_validate(job.spec),
         # Estimates on some of the items are not what a model card should say.
-        scores=dict(zip(names, candidate.values or [], strict=True)) if candidate.items is None else {},
+        scores=dict(zip(names, candidate.values or [], strict=True)) if _is_measured(candidate) else {},
         options=ExportOptions.model_validate(export.options or {}),
         verification=verifications.views(session, job.id, [original]).get(original),
     )
+
+
+def _is_measured(candidate: CandidateRow) -> bool:
+    return candidate.items is None and not candidate.estimated
 
 
 def _report(session: Session, export: ExportRow) -> None:

@@ -106,6 +106,9 @@ class JobRow(Base):
     problem: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     grams: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
 
+    # Which items stand for all, where candidates are estimated from them: `optimizer.estimating`.
+    anchors: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+
     budget: Mapped[int] = mapped_column(Integer)
     proposed: Mapped[int] = mapped_column(Integer, default=0)
     completed: Mapped[int] = mapped_column(Integer, default=0)
@@ -178,6 +181,7 @@ class CandidateRow(Base):
     genome: Mapped[NDArray[np.float64] | None] = mapped_column(FloatArray(64), deferred=True)
     duplicate_of: Mapped[int | None] = mapped_column(Integer)
     phase: Mapped[int] = mapped_column(SmallInteger, default=0, server_default=text("0"))
+    estimated: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     # How many items it was to be measured on, or after how many it was stopped, in which case `stopped` is set.
     items: Mapped[int | None] = mapped_column(Integer)
     slopes: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())

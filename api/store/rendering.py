@@ -103,6 +103,7 @@ def candidate_fields(row: CandidateRow) -> dict[str, Any]:
         "values": row.values,
         "errors": row.errors,
         "stopped": row.stopped,
+        "estimated": row.estimated,
         "violation": row.violation,
         "on_front": row.on_front,
         "duplicate_of": row.duplicate_of,

@@ -75,6 +75,7 @@ def read_log(session: Session, job: JobRow, read_recipe: Callable[[int], dict[st
             elapsed_s=job.elapsed_s,
             verified=verifications.states(session, job.id),
             cost=Cost.of(job.cost),
+            anchors=job.anchors,
         )
 
 
@@ -116,6 +117,7 @@ def _rows(session: Session, job_id: str) -> Sequence[_Record]:
         row.stopped,
         _text(row.errors),
         _text(row.rivals),
+        row.estimated,
     )
     # On the connection: the session would wrap every row once more.
     return session.connection().execute(query.where(row.job_id == job_id).order_by(row.index)).all()
@@ -143,6 +145,7 @@ def _candidates(
             phase,
             None if stopped else items,
             slopes,
+            estimated,
             None if rivals is None else Rivals.of(rivals),
         )
         for (
@@ -161,6 +164,7 @@ def _candidates(
             stopped,
             _errors,
             _rivals,
+            estimated,
         ), parents, rivals in zip(rows, all_parents, all_rivals, strict=True)
     ]
 

@@ -197,6 +197,12 @@ class Runs(Database):
         with self._leased(lease, "add_verification") as (session, job):
             return verifications.record(session, job, verification, remembered)
 
+    def set_anchors(self, lease: Lease, anchors: Mapping[str, Any]) -> None:
+        """Commit the job's anchors; what was committed before stays. Raises `LeaseLost`."""
+        with self._leased(lease, "set_anchors") as (_, job):
+            if job.anchors is None:
+                job.anchors = dict(anchors)
+
     def add_cost(self, lease: Lease, cost: Cost) -> None:
         """Add what an interrupted evaluation cost to the job's cost. Raises `LeaseLost`."""
         with self._leased(lease, "add_cost") as (_, job):
@@ -323,6 +329,7 @@ def _insert(session: Session, job: JobRow, candidates: Sequence[Candidate]) -> N
             "phase": candidate.phase,
             "items": candidate.items,
             "slopes": candidate.slopes,
+            "estimated": candidate.estimated,
             "rivals": None if candidate.rivals is None else candidate.rivals.to_json(),
             "created_at": now,
         }

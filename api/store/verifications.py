@@ -87,6 +87,7 @@ def record(session: Session, job: JobRow, verification: Verification, remembered
     data = {
         "index": row.index,
         "state": row.state,
+        "search": {name: found.value for name, found in verification.search.items()},
         "test": {name: found.value for name, found in verification.test.items()},
         "overfitted": row.overfitted,
         "progress": rendering.progress(job).model_dump(mode="json"),

@@ -41,8 +41,10 @@ def upgrade() -> None:
         sa.Column("rivals", sa.JSON(), nullable=True),
         sa.Column("stopped", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("errors", sa.JSON(), nullable=True),
+        sa.Column("estimated", sa.Boolean(), server_default=sa.false(), nullable=False),
     ):
         op.add_column("candidates", column)
+    op.add_column("jobs", sa.Column("anchors", sa.JSON(), nullable=True))
     op.create_table(
         "verifications",
         sa.Column("job_id", sa.String(length=32), nullable=False),
@@ -76,7 +78,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("test_scores")
     op.drop_table("verifications")
-    for name in ("errors", "stopped", "rivals"):
+    op.drop_column("jobs", "anchors")
+    for name in ("estimated", "errors", "stopped", "rivals"):
         op.drop_column("candidates", name)
     for name in ("verified", "to_verify"):
         op.drop_column("jobs", name)

@@ -42,6 +42,12 @@ def _prepared(spec: JobSpec, client: EndpointClient, view: RepositoryView, roots
             field="fitness.racing.enabled",
             remedy="leave it out",
         )
+    if spec.fitness.estimation.method != "none":
+        raise InvalidInput(
+            "what an endpoint tells is not estimated from: it may round, or tell no item's score",
+            field="fitness.estimation.method",
+            remedy="leave it out, or give objectives a `limit`",
+        )
     operators = {info.name: info for info in view.operators}
     questions = questions_of(spec, view, roots)
     problem = Problem(

@@ -256,6 +256,7 @@ PREPARED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"merge": {"operator": "lora_factors", "vocabulary": "union"}}, "merge.vocabulary", "owner"),
     ({}, {"workers": {"count": 5}}, "workers.count", "at once"),
     ({}, {"fitness": {"racing": {"enabled": True}}}, "fitness.racing.enabled", "stopped in between"),
+    ({}, {"fitness": {"estimation": {"method": "mean"}}}, "fitness.estimation.method", "not estimated from"),
     ({}, {"objectives": [{"name": "x", "evaluator": "text_classification", "set": "no"}]}, "objectives.0.set", "own"),
     ({}, {"objectives": [{"name": "x", "evaluator": "causal_lm", "set": "own"}]}, "objectives.0.evaluator", "measures"),
     ({}, {"objectives": [{"name": "x", "evaluator": "causal_lm"}]}, "objectives.0.data", "nothing to measure"),

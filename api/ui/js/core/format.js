@@ -10,6 +10,12 @@ export function score(value) {
   return value.toFixed(digits).replace("-", "−");
 }
 
+/** Half the width of the 95 % interval of a value with a standard error; 0 where it has none. */
+export const half = (error) => 1.96 * (error ?? 0);
+
+/** " ± 0.02" behind an estimate. */
+export const errorText = (error) => (error ? ` ± ${score(half(error))}` : "");
+
 /** A whole number with thousands separated. */
 export function count(value) {
   return new Intl.NumberFormat("en", { maximumFractionDigits: 0 }).format(value);

@@ -1,7 +1,7 @@
 // The selected candidate: scores, origin, coefficients, items, recipe.
 
 import { button, card, h, replace } from "../core/dom.js";
-import { costText, dateTime, duration, objectiveTitle, plural, score } from "../core/format.js";
+import { costText, dateTime, duration, errorText, objectiveTitle, plural, score } from "../core/format.js";
 import { copyText } from "../core/notify.js";
 import { layerPlan, tables } from "./coefficients.js";
 import { verification } from "./verification.js";
@@ -67,6 +67,7 @@ function heading(candidate) {
     candidate.state !== "completed" && h("span", { class: "badge", "data-tone": candidate.state === "failed" ? "bad" : "neutral" }, candidate.state),
     candidate.partial !== null && h("span", { class: "badge", title: candidate.stopped ? STOPPED : "Estimates, which join no front" },
       `${candidate.stopped ? "stopped after" : "measured on"} ${plural(candidate.partial, "item")} of each objective`),
+    candidate.estimated && h("span", { class: "badge", title: "Measured on a few items, which stand for all; values with 95 % error bars" }, "estimated"),
     candidate.violation > 0 && h("span", { class: "badge", "data-tone": "warn" }, `violates constraints by ${score(candidate.violation)}`),
   );
 }
@@ -76,7 +77,7 @@ function values(model, candidate) {
     "div",
     { title: objectiveTitle(objective) },
     h("dt", null, objective.name, objective.direction && h("span", { class: "muted" }, objective.direction === "minimise" ? " ↓" : " ↑")),
-    h("dd", null, score(candidate.values[i]), candidate.errors && h("span", { class: "small muted", title: "An estimate, with its 95 % error bar" }, ` ± ${score(1.96 * candidate.errors[i])}`)),
+    h("dd", null, score(candidate.values[i]), candidate.errors && h("span", { class: "small muted", title: "An estimate, with its 95 % error bar" }, errorText(candidate.errors[i]))),
   )));
 }
 

@@ -1,7 +1,7 @@
 // The Pareto front: any two objectives (or the candidate's number) as axes.
 
 import { card, h, select, s } from "../core/dom.js";
-import { count, plural, score } from "../core/format.js";
+import { count, errorText, half, plural, score } from "../core/format.js";
 import { axis, baseLayout, drawing, plain, token } from "./plotly.js";
 
 const NUMBER = "#";
@@ -116,7 +116,7 @@ function axisTitle(model, key, [more, less]) {
 
 function hover(model, point) {
   const title = point.label ? `<b>#${point.index}</b> ${plain(point.label)}` : `<b>#${point.index}</b>`;
-  const values = model.objectives.map((objective, i) => `${plain(objective.name)}: ${score(point.values[i])}`);
+  const values = model.objectives.map((objective, i) => `${plain(objective.name)}: ${score(point.values[i])}${errorText(point.errors?.[i])}`);
   const tests = model.objectives.filter(({ name }) => point.verification?.test[name])
     .map(({ name }) => `${plain(name)} on test items: ${score(point.verification.test[name].value)}`);
   values.push(...tests);
@@ -125,15 +125,16 @@ function hover(model, point) {
   return [title, ...values].join("<br>");
 }
 
-/** The intervals of verified points on all search items, around what the search made of them. */
+/** The intervals of verified points on all search items, around what the search made of them; else those of estimates. */
 function errorBars(model, points, x, y) {
-  if (!points.some((point) => point.verification?.state === "completed")) return {};
+  if (!points.some((point) => point.errors || point.verification?.state === "completed")) return {};
   const bars = (key) => {
     if (key === NUMBER) return undefined;
     const { name } = model.objectives[key];
     const arm = (end) => points.map((point) => {
       const found = point.verification?.search[name];
-      return found ? Math.max(0, end === "high" ? found.high - point.values[key] : point.values[key] - found.low) : 0;
+      if (!found) return half(point.errors?.[key]);
+      return Math.max(0, end === "high" ? found.high - point.values[key] : point.values[key] - found.low);
     });
     return { type: "data", symmetric: false, array: arm("high"), arrayminus: arm("low"), thickness: 1, width: 2, color: token("--plot-front") };
   };
@@ -144,7 +145,7 @@ function errorBars(model, points, x, y) {
 function estimateBars(model, points, x, y) {
   if (!points.some((point) => point.errors)) return {};
   const bars = (key) => (key === NUMBER ? undefined : {
-    type: "data", array: points.map((point) => (point.errors ? 1.96 * point.errors[key] : 0)), thickness: 0.7, width: 0, color: token("--plot-muted"),
+    type: "data", array: points.map((point) => half(point.errors?.[key])), thickness: 0.7, width: 0, color: token("--plot-muted"),
   });
   return { error_x: bars(x), error_y: bars(y) };
 }

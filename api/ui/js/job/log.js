@@ -55,11 +55,11 @@ const DESCRIBE = {
       ? `#${data.index}${data.label ? ` ${data.label}` : ""}: ${model.objectives.map((objective, i) => `${objective.name} ${score(data.values[i])}`).join(", ")}${data.partial ? ` · on ${plural(data.partial, "item")}` : ""}${data.on_front ? " · on the front" : ""}`
       : `#${data.index} ${data.state}`,
     data.values ? (data.on_front ? "front" : "") : "bad"],
-  "job.verifying": (data) => [`${plural(data.candidates.length, "candidate")} to measure on test items`, ""],
+  "job.verifying": (data) => [`${plural(data.candidates.length, "candidate")} to measure anew`, ""],
   "candidate.verified": (data) => [
     data.state === "failed"
-      ? `#${data.index} could not be measured on test items`
-      : `#${data.index} on test items: ${Object.entries(data.test).map(([name, value]) => `${name} ${score(value)}`).join(", ")}${
+      ? `#${data.index} could not be measured anew`
+      : `#${data.index} on ${Object.keys(data.test).length ? "test" : "all"} items: ${Object.entries(Object.keys(data.test).length ? data.test : data.search).map(([name, value]) => `${name} ${score(value)}`).join(", ")}${
         data.overfitted.length ? ` · overfitted: ${data.overfitted.join(", ")}` : ""}`,
     data.state === "failed" ? "bad" : data.overfitted.length ? "warn" : ""],
   "candidate.enqueued": (data) => [`A candidate was enqueued (number ${data.queued} in the queue)`, ""],

@@ -2,7 +2,7 @@
 
 import { get, jobPath } from "../core/api.js";
 import { button, card, h, replace, select, setText } from "../core/dom.js";
-import { objectiveTitle, plural, score } from "../core/format.js";
+import { errorText, objectiveTitle, plural, score } from "../core/format.js";
 import { showError } from "../core/notify.js";
 import { refresher, same } from "../core/util.js";
 import { overfittedBadge } from "./verification.js";
@@ -97,7 +97,7 @@ export function candidateTable(model, page) {
     replace(row.node,
       h("td", null, row.choose),
       h("td", null, outcome(item), overfittedBadge(item.verification)),
-      model.objectives.map((objective, i) => h("td", { class: "num" }, score(item.values?.[i]), tested(objective, item.verification))),
+      model.objectives.map((objective, i) => h("td", { class: "num" }, score(item.values?.[i]), error(item.errors?.[i]), tested(objective, item.verification))),
       h("td", { class: "who", title: who }, who));
   }
 
@@ -138,6 +138,9 @@ export function candidateTable(model, page) {
   load().catch(showError);
   return node;
 }
+
+/** Behind a value that is an estimate: its error bar. */
+const error = (found) => found && h("span", { class: "small muted", title: "An estimate, with its 95 % error bar" }, errorText(found));
 
 /** Beneath a value: what it is on test items. */
 function tested({ name }, verification) {

@@ -1,0 +1,382 @@
+"""Fewer evaluations: `python -m tests.benchmarks.search.thrift [--quick]`.
+
+Real jobs, by the controller, a store and workers, on two problems: experts for two or three digits each (400 images), and
+the demo's encoders with the language of a word as the task (1,000 words). The measure is accuracy. What counts is the number
+of items that a job scored in all, verification on the search's items included; test items only judge.
+
+- Searches: the same job with nothing saved, with each way of saving, and with all of them, at the same seeds. Compared are
+  the accuracies, on all search items and on test items, of what a user would take: of the candidates that were
+  measured on all items, the best. Beside it stands what the plain job had reached with as many items.
+- Estimates: all candidates of the plain jobs, each estimated from 10 to 200 items by every method, with the first
+  candidates (base, experts, uniform merge) as references: root mean squared error, and how often the 95 % error bar holds
+  what all items say.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import migrations
+from api.store.sql import SqlStore
+from api.views import CandidateSummary
+from optimizer.controller import Controller, ControllerConfig
+from optimizer.fitness.estimators import Anchors, Estimator, Method, clustered_anchors, random_anchors
+from optimizer.spec import JobSpec, parse_spec
+from tests.benchmarks.search.common import main
+from tests.benchmarks.search.digits import DigitsExpert, Images, images, train_base, train_expert, write_images
+from tests.benchmarks.search.kept import results
+from workers.demo.experts import HEADS, TRAININGS, copy_base, train
+from workers.demo.tasks import make_tasks, write_split
+from workers.pool import LocalPoolFactory
+
+CACHE = Path(__file__).parents[1] / ".cache" / "thrift"
+EVALUATIONS, SEEDS = 100, 3
+VERIFIED = 4
+MOST = 1000
+SIZES = (10, 20, 50, 100, 200)
+METHODS: tuple[Method, ...] = ("mean", "weighted", "regression", "mp_irt", "gmp_irt")
+NEAREST = 20
+"""Of the estimated candidates, the best so many, among which a search has to choose."""
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A job's models and data.
+
+    Attributes:
+        make: writes them below a directory.
+        fields: of the spec.
+        fiftieth: one fiftieth of the search's items.
+    """
+
+    make: Callable[[Path], None]
+    fields: Mapping[str, Any]
+    fiftieth: int
+
+
+_GROUPS = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))
+_IMAGES = 400
+
+
+def _make_digits(root: Path) -> None:
+    data = images()
+    pixels = torch.cat([data["search"].pixels, data["test"].pixels])
+    unseen = Images(pixels, torch.cat([data["search"].digits, data["test"].digits]))
+    order = torch.arange(len(unseen.digits))
+    for split, chosen in (("search", order[:_IMAGES]), ("test", order[_IMAGES:])):
+        write_images(root / "data" / split, unseen.pick(chosen), range(10))
+    train_base(root / "models" / "base", data["train"])
+    for number, digits in enumerate(_GROUPS, start=1):
+        expert = DigitsExpert(f"expert-{number}", digits, seed=number)
+        train_expert(expert, root / "models" / "base", root / "models" / expert.name, data["train"])
+
+
+def _make_language(root: Path) -> None:
+    tasks = {task.name: task for task in make_tasks(1000, 1000)}
+    for split, rows in (("search", tasks["language"].search), ("test", tasks["language"].test)):
+        write_split(root / "data" / f"{split}.jsonl", rows)
+    copy_base(root / "models" / "base")
+    for training in TRAININGS:
+        train(training, tasks[training.task], root / "models" / "base", root / "models" / training.name, lambda _: None)
+
+
+def _spec(experts: list[str], objective: dict[str, Any], heads: list[str]) -> dict[str, Any]:
+    data = {"path": "data"}
+    return {
+        "base": "models/base",
+        "experts": [{"name": name, "path": f"models/{name}"} for name in experts],
+        "merge": {
+            "operator": "task_arithmetic",
+            "granularity": {"layers": "each"},
+            "bounds": {"low": -0.25, "high": 1.25},
+            "heads": heads,
+        },
+        "objectives": [
+            objective | {"metric": "accuracy", "data": data | {"split": "search"}, "test": data | {"split": "test"}}
+        ],
+        "algorithm": {"name": "cma_es"},
+        "workers": {"count": 1, "cpus": 1, "device": "cpu", "dtype": "float32"},
+    }
+
+
+PROBLEMS = {
+    "digits": Problem(
+        _make_digits,
+        _spec(
+            [f"expert-{number}" for number in range(1, len(_GROUPS) + 1)],
+            {"name": "digits", "evaluator": "image_classification", "options": {"batch_size": 200}},
+            [],
+        ),
+        8,
+    ),
+    "language": Problem(
+        _make_language,
+        _spec(
+            [training.name for training in TRAININGS],
+            {
+                "name": "language",
+                "evaluator": "text_classification",
+                "options": {"max_length": 16, "batch_size": 64},
+                "head": "language",
+            },
+            list(HEADS),
+        ),
+        20,
+    ),
+}
+
+
+def kinds(fiftieth: int) -> dict[str, dict[str, Any]]:
+    """Return by name the job's ``fitness`` for each way of saving."""
+
+    def estimation(method: Method, items: int) -> dict[str, Any]:
+        return {"cache": False, "estimation": {"method": method, "items": items}}
+
+    return {
+        "none": {"cache": False},
+        "cache": {},
+        "racing": {"cache": False, "racing": {"enabled": True}},
+        **{f"{method}, {fiftieth}": estimation(method, fiftieth) for method in METHODS},
+        "regression, 50": estimation("regression", 50),
+        "gmp_irt, 50": estimation("gmp_irt", 50),
+        "all, 50": {"racing": {"enabled": True}, "estimation": {"method": "gmp_irt", "items": 50}},
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job."""
+
+    problem: str
+    kind: str
+    seed: int
+    evaluations: int
+    verified: int = VERIFIED
+
+
+@cache
+def root_of(problem: str) -> Path:
+    """Return the directory of a problem, everything in it."""
+    root = CACHE / problem
+    if not (root / "complete").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        PROBLEMS[problem].make(root)
+        (root / "complete").touch()
+    return root
+
+
+def spec_of(task: Task) -> JobSpec:
+    """Return a job's spec."""
+    problem = PROBLEMS[task.problem]
+    fitness = kinds(problem.fiftieth)[task.kind] | {"verification": {"candidates": task.verified, "baselines": True}}
+    more = {"name": task.kind, "seed": task.seed, "fitness": fitness, "budget": {"evaluations": task.evaluations}}
+    return parse_spec({**problem.fields, **more})
+
+
+def run_jobs(task: Task) -> dict[str, Any]:
+    """Run a job. With the cache on, an earlier one with another seed is in the store, as for a user's second job."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/runs.db"
+        migrations.upgrade(url)
+        store = SqlStore(url)
+        spec = spec_of(task)
+        if spec.fitness.cache:
+            _run(store, task.problem, spec.model_copy(update={"seed": task.seed + 1000}))
+        job = _run(store, task.problem, spec)
+        try:
+            return {**vars(task), **_told(store, job, task)}
+        finally:
+            store.close()
+
+
+def _run(store: SqlStore, problem: str, spec: JobSpec) -> str:
+    job, _ = store.create_job(spec)
+    Controller(store, LocalPoolFactory([root_of(problem)]), ControllerConfig("benchmark", poll_s=0.01)).run_next(job.id)
+    if (view := store.get_job(job.id)).state != "completed":
+        raise RuntimeError(f"the job {view.state}: {view.reason}")
+    return job.id
+
+
+def _told(store: SqlStore, job: str, task: Task) -> dict[str, Any]:
+    """What a job found, and for how many items."""
+    found = [c for c in store.list_candidates(job, limit=MOST).items if c.duplicate_of is None]
+    spent, so_far, best = 0.0, [], -np.inf
+    for candidate in found:
+        spent += candidate.cost.get("items", 0.0)
+        if candidate.values is not None and candidate.partial is None:
+            best = max(best, candidate.values[0])
+        so_far.append([spent, best])
+    chosen = max((c for c in found if _known(c) is not None), key=lambda c: _known(c) or 0.0)
+    out: dict[str, Any] = {
+        "items": store.get_job(job).progress.cost.get("items", 0.0) - _test_items(found),
+        "search": _known(chosen),
+        "test": chosen.verification.test[_name(task)].value if chosen.verification else None,
+        "claimed": chosen.values[0] if chosen.values else None,
+        "curve": so_far,
+        "stopped": sum(c.stopped for c in found),
+    }
+    if task.kind == "none":
+        scores = [store.get_candidate(job, c.index).items for c in found]
+        out["scores"] = ["".join(str(int(v)) for v in each[_name(task)]) for each in scores if each]
+        out["first"] = sum(c.origin == "warm_start" for c in found)
+    return out
+
+
+def _name(task: Task) -> str:
+    return str(PROBLEMS[task.problem].fields["objectives"][0]["name"])
+
+
+def _known(candidate: CandidateSummary) -> float | None:
+    """A candidate's accuracy on all search items, where these were measured."""
+    verification = candidate.verification
+    if verification is None or not verification.search:
+        return None
+    return next(iter(verification.search.values())).value
+
+
+def _test_items(found: list[CandidateSummary]) -> float:
+    return float(sum(each.items for c in found if c.verification for each in c.verification.test.values()))
+
+
+# --- estimates ----------------------------------------------------------------------------------------------------------
+
+
+def estimates(scores: list[str], first: int, sizes: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+    """Return for each method and number of items how far estimates of a job's candidates are from what all items say.
+
+    Args:
+        scores: of the job's candidates, a character for each item.
+        first: how many of them are the references.
+        repeats: with so many choices of anchors.
+    """
+    answers = np.array([[float(c) for c in row] for row in scores])
+    references, candidates = answers[:first], answers[first:]
+    out = []
+    for method in METHODS:
+        for size in (size for size in sizes if size < answers.shape[1]):
+            found = [_estimated(method, size, seed, references, candidates) for seed in range(repeats)]
+            away = np.concatenate([values - candidates.mean(axis=1) for values, _ in found])
+            held = np.concatenate([1.96 * errors for _, errors in found]) >= np.abs(away)
+            agree = [_rank_correlation(values, candidates.mean(axis=1)) for values, _ in found]
+            out.append(
+                {
+                    "method": method,
+                    "items": size,
+                    "error": round(float(np.sqrt((away**2).mean())), 4),
+                    "held": round(float(held.mean()), 3),
+                    "rank correlation": round(float(np.mean(agree)), 3),
+                }
+            )
+    return out
+
+
+def _estimated(method: Method, size: int, seed: int, references: Matrix, candidates: Matrix) -> tuple[Matrix, Matrix]:
+    anchors: Anchors = (
+        random_anchors(np.random.default_rng(seed).permutation(references.shape[1]), size)
+        if method in ("mean", "regression")
+        else clustered_anchors(references, size, seed)
+    )
+    estimator = Estimator(method, references, anchors)
+    found = [estimator.estimate(row[anchors.places]) for row in candidates]
+    return np.array([each.value for each in found]), np.array([each.error for each in found])
+
+
+def _rank_correlation(one: Matrix, other: Matrix) -> float:
+    from scipy.stats import spearmanr
+
+    return 0.0 if np.ptp(one) == 0 or np.ptp(other) == 0 else float(spearmanr(one, other).statistic)
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------------
+
+
+def run(quick: bool, *, seeds: int = SEEDS, evaluations: int = EVALUATIONS, processes: int = 1) -> dict[str, Any]:
+    """Run all jobs; what an interrupted call has run is not run again (`CACHE`).
+
+    Args:
+        quick: three jobs of 12 evaluations on the digits instead.
+        seeds: of each job; the first is 0.
+        evaluations: of each job.
+        processes: jobs at once.
+    """
+    if quick:
+        tasks = [Task("digits", kind, 0, 12, 2) for kind in ("none", "racing", "gmp_irt, 8")]
+    else:
+        tasks = [
+            Task(problem, kind, seed, evaluations)
+            for seed in range(seeds)
+            for problem, made in PROBLEMS.items()
+            for kind in kinds(made.fiftieth)
+        ]
+    for problem in {task.problem for task in tasks}:
+        root_of(problem)
+    found = results(tasks, run_jobs, None if quick else CACHE / "jobs", processes)
+    errors = {
+        problem: estimates(plain[0]["scores"], plain[0]["first"], (10,) if quick else SIZES, 1 if quick else 5)
+        for problem in dict.fromkeys(task.problem for task in tasks)
+        if (plain := [each for each in found if each["problem"] == problem and each["kind"] == "none"])
+    }
+    jobs = [{key: value for key, value in each.items() if key not in ("scores", "first")} for each in found]
+    return {"summary": summary(jobs), "estimates": errors, "jobs": jobs}
+
+
+def summary(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each problem and kind the means over the seeds.
+
+    ``share`` is the number of items by that of the plain job, ``plain`` what the plain job had reached with as many.
+    """
+    plain = {(job["problem"], job["seed"]): job for job in jobs if job["kind"] == "none"}
+    out = []
+    for problem, kind in dict.fromkeys((job["problem"], job["kind"]) for job in jobs):
+        mine = [job for job in jobs if (job["problem"], job["kind"]) == (problem, kind)]
+        pairs = [(job, plain[problem, job["seed"]]) for job in mine]
+        out.append(
+            {
+                "problem": problem,
+                "kind": kind,
+                "seeds": len(mine),
+                "items": round(float(np.mean([job["items"] for job in mine]))),
+                "share": round(float(np.mean([job["items"] / other["items"] for job, other in pairs])), 3),
+                **{
+                    what: round(float(np.mean([job[what] for job in mine])), 4)
+                    for what in ("search", "test", "claimed")
+                },
+                "plain": round(float(np.mean([_reached(other, job["items"]) for job, other in pairs])), 4),
+            }
+        )
+    return out
+
+
+def _reached(job: dict[str, Any], items: float) -> float:
+    """The best of a job after so many items, or of its first candidate."""
+    return float(max((best for spent, best in job["curve"] if spent <= items), default=job["curve"][0][1]))
+
+
+def plot(measured: dict[str, Any], figure: Any) -> None:
+    """Draw the accuracy on search and test items against the number of items scored, a panel for each problem."""
+    problems = list(dict.fromkeys(row["problem"] for row in measured["summary"]))
+    for axes, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
+        for number, row in enumerate(row for row in measured["summary"] if row["problem"] == problem):
+            axes.plot([row["items"]] * 2, [row["search"], row["test"]], color=f"C{number}", linewidth=0.8)
+            axes.plot(row["items"], row["search"], "o", color=f"C{number}", label=row["kind"])
+            axes.plot(row["items"], row["test"], "x", color=f"C{number}")
+        axes.set_xscale("log")
+        axes.set_xlabel("items scored")
+        axes.set_title(problem)
+        axes.legend(fontsize="xx-small")
+    figure.axes[0].set_ylabel("accuracy (o search, x test)")
+
+
+if __name__ == "__main__":
+    main("thrift", run, plot, seeds=SEEDS, evaluations=EVALUATIONS, processes=1)
