@@ -128,7 +128,9 @@ class FormulaPool:
             # On new items the losses are higher by as much as no chance explains.
             test = {name: ItemScores(scores[name].values[at] + 0.5) for name, at in task.test.items()}
             return [Result(task.index, seconds=seconds, worker="formula", test=test)]
-        if task.items is not None:
+        if task.places is not None:
+            scores = {name: ItemScores(scores[name].values[at]) for name, at in task.places.items() if len(at)}
+        elif task.items is not None:
             scores = {name: ItemScores(found.values[: task.items]) for name, found in scores.items()}
         return [Result(task.index, scores, seconds=seconds, worker="formula")]
 

@@ -322,3 +322,63 @@ def test_no_such_job(service: Service, tab: Tab) -> None:
     expect(tab.page.get_by_role("heading", name="Not found")).to_be_visible()
     tab.page.get_by_role("link", name="All jobs").click()
     expect(tab.page.get_by_role("heading", name="No jobs yet")).to_be_visible()
+
+
+def test_what_is_best_is_shown_on_test_items_too(service: Service, tab: Tab) -> None:
+    spec = browser_spec(budget={"evaluations": 6}).model_dump(mode="json")
+    for objective in spec["objectives"][:2]:
+        objective["test"] = {"path": objective["data"]["path"], "split": "test"}
+    job = service.submit(budget={"evaluations": 6}, objectives=spec["objectives"])
+    service.allow(6)
+    page = open_job(tab, service, job)
+    tab.front_points(6)
+    expect(page.get_by_text("Verified")).to_be_visible()
+    service.allow(1)
+    expect(page.get_by_role("log")).to_contain_text("on test items: language")
+    service.allow(20)
+    state(page, "Completed")
+    progress = service.store.get_job(job.id).progress
+    assert progress.verified == progress.to_verify > 0
+    expect(page.locator(".stat", has_text="Verified")).to_contain_text(f"{progress.verified} / {progress.to_verify}")
+    front = service.store.front(job.id).front[0]
+    assert front.verification is not None
+    row = rows(page).filter(has=page.get_by_role("button", name=f"Show candidate {front.index}", exact=True))
+    expect(row).to_contain_text("overfitted")
+    expect(row).to_contain_text(f"test {front.verification.test['language'].value:.4f}")
+    row.click()
+    panel = page.locator(".candidate-card")
+    expect(panel.get_by_role("heading", name="On items the search never saw")).to_be_visible()
+    expect(panel).to_contain_text("Overfitted: language, polarity")
+    table = panel.locator(".verification table")
+    assert table.locator("tbody th").all_inner_texts() == ["language", "polarity", "continent"]
+    found = front.verification.test["language"]
+    expect(table.locator("tbody tr").first).to_contain_text(f"{found.low:.4f} to {found.high:.4f}")
+    expect(panel.get_by_role("heading", name="Scores of the test items")).to_be_visible()
+    bars = page.evaluate("document.querySelector('.plot-front').data.filter((one) => one.error_y).length")
+    assert bars == 1
+
+
+def test_estimates_have_error_bars_until_all_items_are_measured(service: Service, tab: Tab) -> None:
+    fitness = {"estimation": {"method": "regression", "items": 20}, "verification": {"candidates": 2}}
+    job = service.submit(budget={"evaluations": STARTS + 4}, fitness=fitness, algorithm={"name": "random"})
+    service.allow(STARTS + 4)
+    page = open_job(tab, service, job)
+    tab.front_points(STARTS + 4)
+    estimated = next(c for c in service.store.list_candidates(job.id).items if c.estimated)
+    assert estimated.errors is not None
+    assert estimated.values is not None
+    shown = f"{estimated.values[0]:.4f} ± {1.96 * estimated.errors[0]:.4f}"
+    row = rows(page).filter(has=page.get_by_role("button", name=f"Show candidate {estimated.index}", exact=True))
+    expect(row).to_contain_text(shown)
+    row.click()
+    panel = page.locator(".candidate-card")
+    expect(panel.locator(".badge", has_text="estimated")).to_be_visible()
+    expect(panel).to_contain_text(shown)
+    service.allow(20)
+    state(page, "Completed")
+    checked = next(c for c in service.store.list_candidates(job.id).items if c.estimated and c.verification)
+    assert checked.verification is not None
+    tab.open(f"{service.url}#/jobs/{job.id}?candidate={checked.index}")
+    expect(panel.get_by_role("heading", name="On all items")).to_be_visible()
+    found = checked.verification.search["language"]
+    expect(panel.locator(".verification table")).to_contain_text(f"{found.low:.4f} to {found.high:.4f}")
