@@ -124,6 +124,15 @@ def _wider(count: int) -> float:
     return float(student.ppf(0.975, max(1, count - 1)) / 1.96)
 
 
+def _least(scores: Vector) -> float:
+    """Least variance to assume of answers that are right or wrong, so that a few that are all right prove nothing.
+
+    It is that of two wrong ones among four more (Agresti and Coull 1998).
+    """
+    share = 2 / (len(scores) + 4)
+    return share * (1 - share) if np.isin(scores, (0.0, 1.0)).all() else 0.0
+
+
 class Estimator:
     """Estimates merges' values on one objective's items.
 
@@ -174,6 +183,7 @@ class Estimator:
         weights, n = self.anchors.weights, len(scores)
         value = float(weights @ scores)
         variance = float(weights @ (scores - value) ** 2) * n / max(1, n - 1) if n > 1 else value**2
+        variance = max(variance, _least(scores))
         return Estimate(value, float(np.sqrt(variance * (weights @ weights) * (1 - n / self._items))) * _wider(n))
 
     def _regression(self, scores: Vector) -> Estimate:
@@ -194,8 +204,8 @@ class Estimator:
         slopes = right.T @ (strength / (strength**2 + penalty) * projected)
         predicted = centre + (x - mean) @ slopes
         value = float(predicted.mean() + (scores - predicted[places]).mean())
-        variance = float((left_out(penalty) ** 2).mean()) / n * (1 - n / self._items)
-        return Estimate(value, float(np.sqrt(variance)) * _wider(n))
+        variance = max(float((left_out(penalty) ** 2).mean()), _least(scores))
+        return Estimate(value, float(np.sqrt(variance / n * (1 - n / self._items))) * _wider(n))
 
     def _irt(self, responses: ItemResponses, scores: Vector) -> Estimate:
         places, n, total = self.anchors.places, len(scores), self._items

@@ -124,15 +124,13 @@ class FormulaPool:
             failure = Failure("infeasible", "loss is nan: 3 of 60 items have no finite score")
             return [Result(task.index, failure=failure, seconds=seconds, worker="formula")]
         scores = score(self._problem, task.recipe, task.index)
-        if task.test:
-            # On new items the losses are higher by as much as no chance explains.
-            test = {name: ItemScores(scores[name].values[at] + 0.5) for name, at in task.test.items()}
-            return [Result(task.index, seconds=seconds, worker="formula", test=test)]
+        # On new items the losses are higher by as much as no chance explains.
+        test = {name: ItemScores(scores[name].values[at] + 0.5) for name, at in task.test.items()}
         if task.places is not None:
             scores = {name: ItemScores(scores[name].values[at]) for name, at in task.places.items() if len(at)}
         elif task.items is not None:
             scores = {name: ItemScores(found.values[: task.items]) for name, found in scores.items()}
-        return [Result(task.index, scores, seconds=seconds, worker="formula")]
+        return [Result(task.index, scores, seconds=seconds, worker="formula", test=test)]
 
     def withdraw(self) -> list[int]:
         """A task that waits for its permit counts as begun."""

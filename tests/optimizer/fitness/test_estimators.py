@@ -116,7 +116,16 @@ def test_references_that_are_alike_do_no_harm() -> None:
     constant = np.ones((3, ITEMS))
     found = Estimator("regression", constant, chosen).estimate(world.merge[chosen.places])
     assert found.value == pytest.approx(world.merge[chosen.places].mean())
-    assert clustered_anchors(constant, 12, 0).weights.tolist() == [1.0]
+    alike = clustered_anchors(constant, 12, 0)
+    assert (len(set(alike.places.tolist())), alike.weights.tolist()) == (12, [1 / 12] * 12)
+
+
+@pytest.mark.parametrize("method", ["mean", "weighted", "regression", "gmp_irt"])
+def test_a_few_right_answers_do_not_prove_that_all_are_right(method: Method) -> None:
+    world = World.answers(4)
+    chosen = anchors(world, method, 20, 0)
+    found = Estimator(method, world.references, chosen).estimate(np.ones(20))
+    assert 0.02 < found.error < 0.1
 
 
 def test_the_mixture_finds_the_model_that_answers_alike() -> None:
