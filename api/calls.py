@@ -125,9 +125,9 @@ def pause(job_id: str) -> Call[JobView]:
     return Call("POST", _job(job_id, "/pause"), JobView)
 
 
-def resume(job_id: str) -> Call[JobView]:
-    """Ask a paused job to go on."""
-    return Call("POST", _job(job_id, "/resume"), JobView)
+def resume(job_id: str, budget: Mapping[str, float] | None = None) -> Call[JobView]:
+    """Ask a paused job to go on; ``budget`` (`requests`, `tokens`, `money`) is what it may spend in all from now on."""
+    return Call("POST", _job(job_id, "/resume"), JobView, body={"budget": dict(budget)} if budget else None)
 
 
 def cancel(job_id: str) -> Call[JobView]:

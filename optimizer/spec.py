@@ -428,6 +428,14 @@ class Budget(Strict):
     )
 
 
+class RaisedBudget(Strict):
+    """Budgets that a job gets in place of those that it has used up. What it searches stays as it was."""
+
+    requests: float | None = Field(default=None, gt=0, le=1e12, description="Most requests in all; null for as before.")
+    tokens: float | None = Field(default=None, gt=0, le=1e15, description="Most tokens in all; null for as before.")
+    money: float | None = Field(default=None, gt=0, le=1e12, description="Most money in all; null for as before.")
+
+
 class Racing(Strict):
     """Stops the evaluation of a candidate once it is clear that it loses."""
 

@@ -148,10 +148,18 @@ def pause(job: JobId, url: Url = None, token: Token = None) -> None:
         _requested(client.pause(job))
 
 
-def resume(job: JobId, url: Url = None, token: Token = None) -> None:
-    """Resume a paused job where it stopped."""
+def resume(
+    job: JobId,
+    requests: Annotated[float | None, typer.Option(help="Most requests in all from now on.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="Most tokens in all from now on.")] = None,
+    money: Annotated[float | None, typer.Option(help="Most money in all from now on.")] = None,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Resume a paused job where it stopped; one that spent its budget, with another one."""
+    budget = {"requests": requests, "tokens": tokens, "money": money}
     with connect(url, token) as client:
-        _requested(client.resume(job))
+        _requested(client.resume(job, {name: value for name, value in budget.items() if value is not None}))
 
 
 def cancel(job: JobId, url: Url = None, token: Token = None) -> None:

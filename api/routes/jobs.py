@@ -16,7 +16,7 @@ from optimizer.errors import Conflict, InvalidInput, NotFound, TooLarge
 from optimizer.phases import plan
 from optimizer.ports import JobState
 from optimizer.space import make_space
-from optimizer.spec import JobSpec, Strict, parse_spec
+from optimizer.spec import JobSpec, RaisedBudget, Strict, parse_spec
 
 router = APIRouter(tags=["jobs"])
 
@@ -35,6 +35,16 @@ IdempotencyKey = Annotated[
         examples=["9d2f6f0e-6a53-4c55-8c0b-0b8a3b8c9e55"],
     ),
 ]
+
+
+class ResumeInput(Strict):
+    """What a job goes on with."""
+
+    budget: RaisedBudget | None = Field(
+        default=None,
+        description="What it may spend in all from now on, where it paused because a budget was spent.",
+        examples=[{"money": 20}],
+    )
 
 
 class CloneInput(Strict):
@@ -159,9 +169,9 @@ def pause_job(job_id: JobId, store: Store) -> JobView:
     response_description="The job; a controller takes it up as soon as one is free.",
     responses=_STEERING,
 )
-def resume_job(job_id: JobId, store: Store) -> JobView:
-    """Ask a paused job to go on where it stopped."""
-    return store.request(job_id, "run")
+def resume_job(job_id: JobId, store: Store, body: ResumeInput | None = None) -> JobView:
+    """Ask a paused job to go on where it stopped; one that spent its budget, with another one."""
+    return store.request(job_id, "run", None if body is None else body.budget)
 
 
 @router.post(

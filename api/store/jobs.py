@@ -15,7 +15,7 @@ from api.store.models import ExportRow, JobRow
 from api.views import EventView, JobSummary, JobView, ObjectiveView, Page
 from optimizer.errors import Conflict
 from optimizer.ports import JobState, Request
-from optimizer.spec import JobSpec
+from optimizer.spec import JobSpec, RaisedBudget
 
 _ORDER = "jobs"
 
@@ -79,16 +79,21 @@ class Jobs(Database):
         with self.read() as session:
             return rendering.job_view(lifecycle.find_job(session, job_id))
 
-    def request(self, job_id: str, request: Request) -> JobView:
+    def request(self, job_id: str, request: Request, budget: RaisedBudget | None = None) -> JobView:
         """Ask a job to run, pause or cancel.
 
         A controller that runs the job carries it out; where none does (queued, paused, or the controller is gone and its
         lease has expired), it takes effect at once. Until a request is carried out, a later one replaces it. A failed job
         may run again, since its cause may be mended.
 
+        Args:
+            job_id: the job.
+            request: what to do.
+            budget: what it may spend from now on; only for a job that nobody runs, lest it be at two budgets.
+
         Raises:
             NotFound: no such job.
-            Conflict: the job is over.
+            Conflict: the job is over, or is running and should get another budget.
         """
         with self.write() as session:
             job = lifecycle.lock_job(session, job_id)
@@ -96,8 +101,12 @@ class Jobs(Database):
                 raise lifecycle.no_job(job_id)
             if job.state in lifecycle.ENDED and (job.state, request) != ("failed", "run"):
                 raise Conflict(f"the job is {job.state}", remedy="clone it")
-            job.requested = request
             now = self.now(session)
+            if budget is not None and (changes := budget.model_dump(exclude_none=True)):
+                if job.state not in ("paused", "failed") or lifecycle.is_held(job, now):
+                    raise Conflict("the job is not paused", remedy="pause it first, then resume it with another budget")
+                job.spec = {**job.spec, "budget": {**job.spec["budget"], **changes}}
+            job.requested = request
             if not lifecycle.is_held(job, now):
                 lifecycle.carry_out(session, job, now)
             return rendering.job_view(job)

@@ -22,7 +22,7 @@ from api.views import (
 )
 from optimizer.ports import JobState, Request
 from optimizer.recipe import ModelId
-from optimizer.spec import CandidateInput, JobSpec
+from optimizer.spec import CandidateInput, JobSpec, RaisedBudget
 
 CandidateSort = Literal["index", "-index", "value", "-value"]
 
@@ -92,7 +92,7 @@ class JobStore(Protocol):
     def get_job(self, job_id: str) -> JobView:
         """Return one job."""
 
-    def request(self, job_id: str, request: Request) -> JobView:
+    def request(self, job_id: str, request: Request, budget: RaisedBudget | None = None) -> JobView:
         """Ask a job to run, pause or cancel; until that is carried out, a later request replaces it.
 
         A job that no controller holds (it waits, is paused, or its controller's lease expired) obeys at once.

@@ -108,7 +108,7 @@ def test_commands_and_their_options() -> None:
         "catalog": ["--json", *remote],
         "watch": remote,
         "pause": remote,
-        "resume": remote,
+        "resume": ["--requests", "--tokens", "--money", *remote],
         "cancel": remote,
         "delete": remote,
         "clone": ["--changes", "--set", "--watch", "--json", *remote],
@@ -137,7 +137,7 @@ def test_submit_list_show_and_steer(run: Run, spec_file: str, store: SqlStore) -
     assert job_id not in succeed(run("list", "--state", "running"))
     assert "two tasks" in succeed(run("show", job_id))
     assert succeed(run("pause", job_id)).split() == [job_id, "paused"]
-    assert succeed(run("resume", job_id)).split() == [job_id, "queued"]
+    assert succeed(run("resume", job_id, "--tokens", "1e6")).split() == [job_id, "queued"]
     Runner(store, job_id)
     assert succeed(run("cancel", job_id)).strip() == f"{job_id} running, will cancel"
     assert run("delete", job_id).exit_code == 2

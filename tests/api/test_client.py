@@ -57,7 +57,8 @@ def test_the_life_of_a_job(client: Client, store: SqlStore) -> None:
     job = client.submit(make_spec(), idempotency_key="k")
     assert client.submit(spec_json(), idempotency_key="k") == job
     assert client.pause(job.id).state == "paused"
-    assert client.resume(job.id).state == "queued"
+    assert client.resume(job.id, {"money": 5}).state == "queued"
+    assert client.get_job(job.id).spec["budget"]["money"] == 5
     queued = client.enqueue(job.id, {"coefficients": {"language": 1}})
     assert queued.queued == client.events(job.id)[-1].data["queued"]
 

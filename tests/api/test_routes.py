@@ -145,6 +145,22 @@ def test_steering_a_job_that_nobody_holds(http: httpx.Client, queued: JobView) -
         check_error(http.post(f"{path}/{action}"), 409, "conflict")
 
 
+def test_a_paused_job_resumes_with_another_budget(http: httpx.Client, store: SqlStore, queued: JobView) -> None:
+    path = f"/jobs/{queued.id}"
+    assert check_error(http.post(f"{path}/resume", json={"budget": {"money": 5}}), 409, "conflict").remedy
+    http.post(f"{path}/pause")
+    for wrong in ({"money": -1}, {"evaluations": 5}, {"tokens": "many"}):
+        check_error(http.post(f"{path}/resume", json={"budget": wrong}), 422, "invalid_input")
+    assert http.get(path).json()["state"] == "paused"
+    response = http.post(f"{path}/resume", json={"budget": {"money": 5, "requests": 100}})
+    assert (response.status_code, response.json()["state"]) == (202, "queued")
+    before = queued.spec["budget"]
+    assert store.get_job(queued.id).spec["budget"] == before | {"money": 5.0, "requests": 100.0}
+    http.post(f"{path}/pause")
+    http.post(f"{path}/resume", json={"budget": {"money": 7}})
+    assert store.get_job(queued.id).spec["budget"] == before | {"money": 7.0, "requests": 100.0}
+
+
 def test_steering_a_running_job_is_a_request(http: httpx.Client, store: SqlStore, queued: JobView) -> None:
     Runner(store, queued.id)
     response = http.post(f"/jobs/{queued.id}/pause")

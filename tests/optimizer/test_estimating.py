@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -94,15 +94,21 @@ def test_an_estimate_is_no_measurement_for_whoever_exports_it(store: SqlStore) -
     assert task.scores == {}
 
 
+def stop_after(tasks: int, controller: Controller) -> Callable[[], object]:
+    """Stops a controller while a task is under way."""
+    calls = iter(range(100))
+    return lambda: controller.stop() if next(calls) == tasks else None
+
+
 def test_a_resumed_job_estimates_with_what_it_had(store: SqlStore) -> None:
     whole = run(store, Pools(words=WORDS, quality=quality), spec_of(seed=5))
     spec = spec_of(seed=5).model_copy(update={"fitness": spec_of(seed=5).fitness.model_copy(update={"cache": False})})
     job, _ = store.create_job(spec)
     for _ in range(60):
-        pools = Pools(words=WORDS, quality=quality)
-        controller = Controller(store, pools, ControllerConfig("test", poll_s=0.0, lease_ttl_s=0.1))
-        calls = iter(range(100))
-        pools.on_task = lambda calls=calls, controller=controller: controller.stop() if next(calls) == 5 else None
+        controller = Controller(
+            store, pools := Pools(words=WORDS, quality=quality), ControllerConfig("test", poll_s=0.0)
+        )
+        pools.on_task = stop_after(5, controller)
         if not controller.run_next(job.id) or store.get_job(job.id).state == "completed":
             break
     values = [

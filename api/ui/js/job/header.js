@@ -1,9 +1,9 @@
 // The head of a job's page: name, state, progress, and what can be done with it.
 
 import { jobPath, post, remove } from "../core/api.js";
-import { confirmDialog } from "../core/dialogs.js";
-import { button, h, replace, setText } from "../core/dom.js";
-import { ago, costText, count, dateTime, duration, fraction, isOpen, jobState, objectiveTitle, score } from "../core/format.js";
+import { confirmDialog, openDialog } from "../core/dialogs.js";
+import { button, h, replace, setText, uid } from "../core/dom.js";
+import { ago, costText, count, dateTime, duration, fraction, isOpen, jobState, label, objectiveTitle, score } from "../core/format.js";
 import { act, copyText, toast } from "../core/notify.js";
 import { go } from "../core/router.js";
 import { enqueueDialog } from "./enqueue.js";
@@ -66,7 +66,7 @@ function makeButtons(model) {
   const acting = (run) => (event) => act(event.currentTarget, run);
   return {
     pause: button("Pause", acting(send("pause")), { icon: "pause" }),
-    resume: button("Resume", acting(send("resume")), { icon: "play", kind: "primary" }),
+    resume: button("Resume", (event) => (budgets(model.job).length ? budgetDialog(model) : acting(send("resume"))(event)), { icon: "play", kind: "primary" }),
     cancel: button("Cancel", () => confirmDialog(`Cancel “${model.job.name}”?`,
       "The search ends and cannot be resumed. What has been evaluated stays.", "Cancel the job", send("cancel")), { icon: "stop" }),
     enqueue: button("Enqueue…", () => enqueueDialog(model), { icon: "enqueue" }),
@@ -79,6 +79,26 @@ function makeButtons(model) {
         go("/jobs");
       }), { icon: "trash", kind: "danger" }),
   };
+}
+
+/** The budgets that a paused job may be given anew. */
+const budgets = ({ spec, state }) => (state === "paused" ? ["requests", "tokens", "money"].filter((name) => spec.budget[name] != null) : []);
+
+/** Ask what a job may spend in all from now on, and resume it. */
+function budgetDialog(model) {
+  const inputs = budgets(model.job).map((name) => [name, h("input", { id: uid("budget"), type: "number", min: 0, step: "any", value: model.job.spec.budget[name] })]);
+  return openDialog({
+    title: `Resume “${model.job.name}”`,
+    body: [
+      h("p", { class: "muted" }, `What it may spend in all. So far: ${costText(model.job.progress.cost) || "nothing"}.`),
+      ...inputs.map(([name, input]) => h("div", { class: "field" }, h("label", { for: input.id }, label(name)), input)),
+    ],
+    submit: "Resume",
+    onSubmit: async () => {
+      const budget = Object.fromEntries(inputs.filter(([, input]) => input.value).map(([name, input]) => [name, Number(input.value)]));
+      model.setJob(await post(jobPath(model.id, "/resume"), { budget }));
+    },
+  });
 }
 
 function showButtons(buttons, job) {
