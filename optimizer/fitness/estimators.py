@@ -30,8 +30,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
-from sklearn.cluster import KMeans
 
 from optimizer.fitness.irt import ItemResponses, fit, mixture
 
@@ -93,6 +91,8 @@ def clustered_anchors(references: Matrix, count: int, seed: int) -> Anchors:
         count: how many.
         seed: of the first centres.
     """
+    from sklearn.cluster import KMeans  # here: most jobs estimate nothing
+
     spread = references.std(axis=1, keepdims=True)
     x = ((references - references.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)).T
     clusters = min(count, len(np.unique(x, axis=0)))
@@ -121,6 +121,8 @@ def _shared_out(count: int, sizes: Sequence[int]) -> list[int]:
 
 def _wider(count: int) -> float:
     """By how much a standard error from few items has to grow for 1.96 of it to be a 95 % interval (Student's t)."""
+    from scipy.stats import t as student
+
     return float(student.ppf(0.975, max(1, count - 1)) / 1.96)
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 
 Vector = NDArray[np.float64]
@@ -77,6 +76,8 @@ def fit(answers: Matrix, abilities: int) -> ItemResponses:
         answers: shape (models, items), from 0 to 1.
         abilities: dimensions of the ability, at least 1.
     """
+    from scipy.optimize import minimize  # here: most jobs estimate nothing
+
     models, items = answers.shape
     start_theta = _start(answers, abilities)
     start_b = -_logit(answers.mean(axis=0))

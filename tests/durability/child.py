@@ -39,7 +39,7 @@ class Boundaries:
 
 
 class RecordingPools(LocalPoolFactory):
-    """The real pool; which candidates were handed to it is written down before it happens."""
+    """The real pool; which candidates were handed to it is written down before it happens, as -1, -2, … to be verified."""
 
     def __init__(self, root: Path, log: Path) -> None:
         super().__init__([root])
@@ -54,7 +54,7 @@ class _Recording:
         self._pool, self._log = pool, log
 
     def submit(self, task: Task) -> None:
-        append(self._log, str(task.index))
+        append(self._log, str(-task.index - 1 if task.test else task.index))
         self._pool.submit(task)
 
     def wait(self, timeout_s: float) -> list[Result]:

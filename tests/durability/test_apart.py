@@ -35,6 +35,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_job_survives_its_controller_and_one_of_two_nodes(
     cluster: Cluster, postgres_url: str, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from api.store.sql import SqlStore
 from optimizer.spec import parse_spec
 from tests.durability.child import live
 from tests.durability.rows import Rows, history
-from tests.jobs import write_job
+from tests.jobs import write_data, write_job
 
 LIFE_S = 60
 
@@ -22,14 +23,18 @@ LIFE_S = 60
 @pytest.fixture(scope="module")
 def forks() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.durability.child"])
+    # What a life would import on its first use takes longer than all else that it does.
+    lazily = ["optimizer.mixed_normal", "transformers.models.bert.modeling_bert", "sklearn.cluster"]
+    context.set_forkserver_preload(["tests.durability.child", *lazily])
     return context
 
 
 class Bench:
     """A job, and lives of controllers that run it."""
 
-    def __init__(self, forks: multiprocessing.context.ForkServerContext, template: Path, folder: Path) -> None:
+    def __init__(
+        self, forks: multiprocessing.context.ForkServerContext, template: Path, folder: Path, **changes: Any
+    ) -> None:
         self.forks = forks
         self.template = template
         self.root = folder / "root"
@@ -43,6 +48,7 @@ class Bench:
                 parallel_evaluations=2,
                 workers={"count": 2},
             )
+            | changes
         )
 
     def new(self, name: str) -> tuple[str, str]:
@@ -71,36 +77,77 @@ class Bench:
         )
 
 
-def scored(rows: Rows) -> set[int]:
-    """Candidates that have an outcome."""
-    return {row[0] for row in rows if row[-1] is not None}
+def thrifty(root: Path, fitness: dict[str, Any]) -> dict[str, Any]:
+    """A job with items enough for races and estimates, and some for its verification that the search does not see."""
+    job = write_job(root, items=40)
+    write_data(root / "unseen", items=8, seed=8)
+    tests = [{"path": f"unseen/data/{objective['name']}.jsonl"} for objective in job["objectives"]]
+    return {
+        "objectives": [one | {"test": test} for one, test in zip(job["objectives"], tests, strict=True)],
+        "fitness": fitness | {"verification": {"candidates": 2, "baselines": False}},
+    }
 
 
-def test_killed_at_every_commit_boundary(
-    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
-) -> None:
-    bench = Bench(forks, sqlite_template, tmp_path)
+RACING = {"racing": {"enabled": True, "first_items": 8, "error": 0.4}}
+ESTIMATION = {"estimation": {"method": "weighted", "items": 8}}
+NAMES = {"claim", "start", "add_candidates", "add_evaluation", "set_state"}
+VERIFYING = {"begin_verification", "add_verification"}
+
+
+def paid(rows: Rows) -> set[int]:
+    """Candidates that have an outcome, and as -1, -2, … those that were verified."""
+    verified = {-row[0] - 1 for row in rows if row[-3] is not None and row[-3]["state"] == "completed"}
+    return verified | {row[0] for row in rows if row[-1] is not None}
+
+
+def one_of_each(boundaries: list[str]) -> list[int]:
+    """One of each kind of boundary, from the middle of the job."""
+    places = {name: [n for n, one in enumerate(boundaries, 1) if one == name] for name in boundaries}
+    return sorted(found[len(found) // 2] for found in places.values())
+
+
+def check(bench: Bench, names: set[str], *, every: bool) -> Rows:
+    """Kill a controller at boundaries of a job, all of them or one of each kind; return what the job found."""
     url, job_id = bench.new("whole")
     code, boundaries, submitted = bench.live(url, None)
     assert code == 0
     whole = history(url, job_id)
-    assert len(scored(whole)) == 12
-    assert sorted(submitted) == sorted(scored(whole))
-    assert {name.split(":")[1] for name in boundaries} >= {
-        "claim",
-        "start",
-        "add_candidates",
-        "add_evaluation",
-        "set_state",
-    }
-
-    for kill_at in range(1, len(boundaries) + 1):
+    assert sum(number >= 0 for number in paid(whole)) == bench.spec.budget.evaluations
+    assert sorted(submitted) == sorted(paid(whole))
+    assert {name.split(":")[1] for name in boundaries} >= names
+    for kill_at in range(1, len(boundaries) + 1) if every else one_of_each(boundaries):
         url, job_id = bench.new(f"killed-{kill_at}")
         code, passed, _ = bench.live(url, kill_at)
         assert code == -signal.SIGKILL
-        done = scored(history(url, job_id))
+        done = paid(history(url, job_id))
         if passed[-1] != "after:set_state":  # the job had not ended yet
             code, _, again = bench.live(url, None)
             assert code == 0
             assert not done & set(again), f"repeated after a kill at {passed[-1]} (boundary {kill_at})"
         assert history(url, job_id) == whole, f"differs after a kill at {passed[-1]} (boundary {kill_at})"
+    return whole
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_commit_boundaries(
+    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path, every: bool
+) -> None:
+    check(Bench(forks, sqlite_template, tmp_path), NAMES, every=every)
+
+
+@pytest.mark.slow
+def test_killed_while_candidates_race(
+    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
+) -> None:
+    changes = thrifty(tmp_path / "root", RACING) | {"budget": {"evaluations": 20}}
+    rows = check(Bench(forks, sqlite_template, tmp_path, **changes), NAMES | VERIFYING, every=True)
+    assert any(row[10] for row in rows), "no candidate lost a race"
+
+
+@pytest.mark.slow
+def test_killed_while_candidates_are_estimated(
+    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
+) -> None:
+    bench = Bench(forks, sqlite_template, tmp_path, **thrifty(tmp_path / "root", ESTIMATION))
+    rows = check(bench, NAMES | VERIFYING | {"set_anchors"}, every=True)
+    assert sum(row[11] is not None for row in rows) == bench.spec.budget.evaluations - 4

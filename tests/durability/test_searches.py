@@ -15,6 +15,7 @@ from optimizer.controller import Controller, ControllerConfig
 from optimizer.spec import JobSpec, parse_spec
 from tests.durability.rows import Rows, history
 from tests.jobs import write_job
+from tests.marks import quick_or_slow
 from workers.pool import LocalPoolFactory
 
 EVALUATIONS = 26
@@ -81,7 +82,7 @@ def _live(url: str, root: Path, job_id: str, every: int | None) -> JobView:
     return view
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", quick_or_slow(ALGORITHMS, "cma_es", "frank_wolfe", "m2n2"))
 def test_every_search_resumes_exactly(
     job: dict[str, Any], root: Path, sqlite_template: Path, tmp_path: Path, name: str
 ) -> None:

@@ -21,8 +21,6 @@ from tests.service import Service, serving, until
 
 pytestmark = pytest.mark.ray
 
-KILLS = 20
-
 
 def slow_job(root: Path, evaluations: int, **changes: Any) -> dict[str, Any]:
     """A job whose evaluations take some tenths of a second each."""
@@ -44,7 +42,8 @@ def evaluated(client: Client, job_id: str) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_killed_twenty_times_it_ends_as_if_never_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_ends_as_if_never_interrupted(tmp_path: Path, kills: int) -> None:
     root = tmp_path / "root"
     job = write_job(root, items=24, budget={"evaluations": 800}, workers={"count": 2})
     with serving(tmp_path / "whole", root) as client:
@@ -53,7 +52,7 @@ def test_killed_twenty_times_it_ends_as_if_never_interrupted(tmp_path: Path) -> 
 
     home, rng = tmp_path / "killed", random.Random(11)
     job_id = ""
-    for kill in range(KILLS):
+    for kill in range(kills):
         service = Service(home, root, lease_ttl_s=1)
         if kill == 0:
             job_id = service.wait_ready().submit(job).id

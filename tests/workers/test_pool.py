@@ -100,6 +100,7 @@ def run(factory: PoolFactory, spec: JobSpec, make: Callable[[JobSpec, Problem], 
         pool.close()
 
 
+@pytest.mark.slow
 def test_workers_keep_what_operators_prepare_for_each_other(factory: PoolFactory, root: Path) -> None:
     plain = job(root, count=2)
     spec = plain.model_copy(update={"merge": plain.merge.model_copy(update={"operator": "iso_c"})})

@@ -193,6 +193,7 @@ def test_a_used_up_quota_pauses_the_job_until_the_owner_gives_more(
     client.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_started_anew_is_not_noticed_and_one_that_stays_away_pauses_the_job(
     models: Path, data: Path, tmp_path: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.search.evo_merging import ABLATIONS, Counts, Repository, make_repository, run
 
 
+@pytest.mark.slow
 def test_quick_run() -> None:
     measured = run(True)
     assert measured["difference to the operator"] < 1e-9

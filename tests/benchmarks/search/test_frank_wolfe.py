@@ -9,6 +9,7 @@ import pytest
 from tests.benchmarks.search import frank_wolfe
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frank_wolfe, "CACHE", tmp_path / "frank-wolfe")
     found = frank_wolfe.run(True)

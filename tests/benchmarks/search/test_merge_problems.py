@@ -43,6 +43,7 @@ def made(losses: list[list[float] | None], *, who: str = "x", budget: int = 4) -
     return about | times | {"losses": losses, "best": 0, "test": [1.0, 1.0]}
 
 
+@pytest.mark.slow
 def test_small_run_of_single_objective_searches(cache: Path) -> None:
     measured = single_objective.run(True, cache)
     rows = {row["who"]: row for row in measured["runs"]}
@@ -63,6 +64,7 @@ def test_small_run_of_single_objective_searches(cache: Path) -> None:
     assert len(figure.axes[0].lines) == 3
 
 
+@pytest.mark.slow
 def test_small_run_of_fronts(cache: Path) -> None:
     pytest.importorskip("pymoo")
     measured = front.run(True, cache)
@@ -77,6 +79,7 @@ def test_small_run_of_fronts(cache: Path) -> None:
     assert len(figure.axes) == 1
 
 
+@pytest.mark.slow
 def test_a_new_job_begins_with_the_front_of_an_earlier_one(cache: Path) -> None:
     measured = beyond.measure(["digits-2"], cache, 1, who=["random"], small=True)
     (row,) = measured["warm_starts"]
@@ -92,6 +95,7 @@ def test_a_new_job_begins_with_the_front_of_an_earlier_one(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
+@pytest.mark.slow
 def test_direct_scores_are_the_workers(cache: Path, several: bool) -> None:
     bench = Bench(PROBLEMS["digits-2"], cache, several=several)
     evaluator, space = bench.evaluator, bench.space
@@ -119,6 +123,7 @@ def test_auto_beside_the_best() -> None:
     assert table.splitlines()[2] == "| digits-2 | 4 | 0.25 | x | 1.00 | 0.75 |"
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_repeat(cache: Path, tmp_path: Path) -> None:
     chosen = Choice("single", ["random", "no_such"], ["digits-2"], [12], 1, cache, tmp_path)
     carry_out(chosen)

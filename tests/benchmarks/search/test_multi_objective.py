@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.search.multi_objective import OURS, PEER, THEIR_STARTS, THEIRS, run
 
 
+@pytest.mark.slow
 def test_quick_run() -> None:
     measured = run(True)
     count = len(OURS) + PEER * len(THEIRS) * len(THEIR_STARTS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from tests.benchmarks.search.niches import SIZE, digits, materialise, pair_space, plot, right, run, trained
 
 
+@pytest.mark.slow
 def test_a_small_run_has_everything() -> None:
     measured = run(True)
     methods = measured["summary"]

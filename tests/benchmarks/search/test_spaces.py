@@ -22,6 +22,7 @@ def test_every_comparison_has_its_cases() -> None:
 
 
 @pytest.mark.parametrize("group", ["prune", "operators", "actions", "plans"])
+@pytest.mark.slow
 def test_searches_find_something(study: spaces.Study, group: str) -> None:
     case = next(case for case in reversed(spaces.cases()) if case.group == group)
     found = study.search(case, seed=0, evaluations=9)
@@ -32,6 +33,7 @@ def test_searches_find_something(study: spaces.Study, group: str) -> None:
     assert group != "prune" or row["layers"] == [4]
 
 
+@pytest.mark.slow
 def test_repetitions_cost_nothing(study: spaces.Study) -> None:
     case = next(case for case in spaces.cases() if case.label.startswith("remove, average"))
     found = study.search(case, seed=0, evaluations=40)  # of six layers two can be removed in fifteen ways

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.search import map_front, surrogates
 
 
+@pytest.mark.slow
 def test_maps_front_comes_near_the_grids() -> None:
     measured = map_front.run(True)
     for problem in measured["problems"]:
@@ -17,6 +20,7 @@ def test_maps_front_comes_near_the_grids() -> None:
         assert sum(reached["map"]["median"]) > sum(reached["random"]["median"])
 
 
+@pytest.mark.slow
 def test_surrogates_are_measured() -> None:
     measured = surrogates.run(True)
     best = {(row["variables"], row["algorithm"]): row["median"][-1] for row in measured["quality"]}

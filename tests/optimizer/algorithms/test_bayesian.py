@@ -32,6 +32,7 @@ def test_finds_a_smooth_optimum_in_a_few_dozen_evaluations() -> None:
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
+@pytest.mark.slow
 def test_covers_the_front_better_than_random_search(objectives: int) -> None:
     space, reference = reals(3), np.full(objectives, 0.2)
 

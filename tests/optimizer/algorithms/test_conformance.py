@@ -358,6 +358,7 @@ def test_integers_and_choices(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name != "random"], ids=str)
+@pytest.mark.slow
 def test_beats_random_search(case: Case) -> None:
     space, count = reals(10), count_for(case, 300)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from optimizer.algorithms import Algorithm, AlgorithmContext, Outcome, Proposal
@@ -74,6 +75,7 @@ def test_outcomes_on_few_items_help_in_the_end() -> None:
     assert best < max(0.6 * start, 0.05)
 
 
+@pytest.mark.slow
 def test_chooses_among_choices() -> None:
     space = SearchSpace(
         (

@@ -366,6 +366,7 @@ def test_one_sided_differences_choose_the_same_vertex() -> None:
     assert agree >= 18
 
 
+@pytest.mark.slow
 def test_random_perturbations_are_right_on_average() -> None:
     world = Quadratic(
         job({"oracle": "spsa", "pairs": 1000, "h": 0.01, "start": "base", "reach": 1}, names=NAMES[:3]), layers=1

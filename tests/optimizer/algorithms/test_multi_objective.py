@@ -69,6 +69,7 @@ def volumes(case: Case, losses: Callable[[Genome], Losses], dim: int, reference:
 
 
 @every_case
+@pytest.mark.slow
 def test_zdt1(case: Case) -> None:
     """The whole front has 0.8767 below (1.1, 1.1)."""
     found, at_random = volumes(case, zdt1, 8, 1.1, 800), volumes(Case("random"), zdt1, 8, 1.1, 800)
@@ -77,6 +78,7 @@ def test_zdt1(case: Case) -> None:
 
 
 @every_case
+@pytest.mark.slow
 def test_dtlz2(case: Case) -> None:
     """The whole front has 1.331 - π/6 = 0.807 below (1.1, 1.1, 1.1)."""
     found, at_random = volumes(case, dtlz2, 10, 1.1, 800), volumes(Case("random"), dtlz2, 10, 1.1, 800)

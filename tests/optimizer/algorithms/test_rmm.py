@@ -176,6 +176,7 @@ def hidden_sequence(space: ActionSpace) -> tuple[list[int], object]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.slow
 def test_it_learns_a_sequence_of_blocks(seed: int) -> None:
     """Later episodes are better than the first ones, and far better than chance."""
     space = action_space(6)

@@ -282,6 +282,7 @@ class TestRandomness:
         share = float(self.kept("dare_linear", density).double().mean())
         assert share == pytest.approx(density, abs=5 * math.sqrt(density * (1 - density) / 100_000))
 
+    @pytest.mark.slow
     def test_is_unbiased(self) -> None:
         base, expert = models(1, (300, 400), dtype=torch.float64)
         for name, density in (("dare_linear", 0.2), ("della_linear", 0.4)):
