@@ -29,7 +29,7 @@ from api.views import (
     VersionView,
 )
 from optimizer.ports import JobState
-from optimizer.problem import EvaluatorInfo, OperatorInfo
+from optimizer.problem import EvaluatorInfo, GraderInfo, OperatorInfo
 from optimizer.spec import CandidateInput, JobSpec
 
 if TYPE_CHECKING:  # the store's package loads SQLAlchemy, which a client has no need of
@@ -241,6 +241,11 @@ def operators() -> Call[list[OperatorInfo]]:
 def evaluators() -> Call[list[EvaluatorInfo]]:
     """Return all evaluators."""
     return Call("GET", "/evaluators", list[EvaluatorInfo])
+
+
+def graders() -> Call[list[GraderInfo]]:
+    """Return all graders of generated answers."""
+    return Call("GET", "/graders", list[GraderInfo])
 
 
 def job_schema() -> Call[dict[str, Any]]:

@@ -120,6 +120,7 @@ class _Routes:
     spaces = Endpoint(calls.spaces)
     operators = Endpoint(calls.operators)
     evaluators = Endpoint(calls.evaluators)
+    graders = Endpoint(calls.graders)
     job_schema = Endpoint(calls.job_schema)
     health = Endpoint(calls.health)
     ready = Endpoint(calls.ready)

@@ -75,6 +75,16 @@ class EvaluatorInfo(Strict):
     options_schema: dict[str, Any] = Field(default_factory=dict)
 
 
+class GraderInfo(Strict):
+    """What the API knows of a grader of generated answers."""
+
+    name: str
+    summary: str
+    direction: Direction = Field(description="Whether more or less of it is better.")
+    columns: dict[str, str] = Field(description="Role of each data column it reads.")
+    options_schema: dict[str, Any] = Field(default_factory=dict)
+
+
 @lru_cache(maxsize=64)
 def _unpacked(digests: str) -> NDArray[np.uint8]:
     return np.frombuffer(base64.b64decode(digests), dtype=np.uint8).reshape(-1, 16)

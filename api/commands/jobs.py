@@ -47,7 +47,7 @@ _TOP = 20
 CandidateIndex = Annotated[
     int, typer.Argument(metavar="CANDIDATE", help="The candidate's number in the job.", min=0, show_default=False)
 ]
-Kind = Literal["algorithms", "spaces", "operators", "evaluators"]
+Kind = Literal["algorithms", "spaces", "operators", "evaluators", "graders"]
 State = Annotated[JobState | None, typer.Option("--state", help="Only jobs in this state.", show_default=False)]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Follow the job until it ends.")]
 
@@ -121,13 +121,16 @@ def show(
 
 def catalog(
     kind: Annotated[
-        Kind, typer.Argument(metavar="KIND", help="algorithms, spaces, operators or evaluators.", show_default=False)
+        Kind,
+        typer.Argument(
+            metavar="KIND", help="algorithms, spaces, operators, evaluators or graders.", show_default=False
+        ),
     ],
     json: Json = False,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """List what jobs may name: algorithms, search spaces, operators or evaluators."""
+    """List what jobs may name: algorithms, search spaces, operators, evaluators or graders."""
     with connect(url, token) as client:
         found = _entries(client, kind)
     if json:
@@ -235,6 +238,8 @@ def _entries(client: Client, kind: Kind) -> list[Any]:
             return client.operators()
         case "evaluators":
             return client.evaluators()
+        case "graders":
+            return client.graders()
 
 
 def _submitted(client: Client, job: JobView, watch: bool, json: bool) -> None:

@@ -21,7 +21,7 @@ from api.views import (
     TokenView,
     ValidationView,
 )
-from optimizer.problem import EvaluatorInfo, Finding, OperatorInfo
+from optimizer.problem import EvaluatorInfo, Finding, GraderInfo, OperatorInfo
 
 STATE_STYLES = {
     "queued": "yellow",
@@ -134,7 +134,7 @@ def phases_table(phases: Sequence[PlannedPhaseView]) -> Table:
     return table
 
 
-def catalog_table(entries: Iterable[AlgorithmView | SpaceView | OperatorInfo | EvaluatorInfo]) -> Table:
+def catalog_table(entries: Iterable[AlgorithmView | SpaceView | OperatorInfo | EvaluatorInfo | GraderInfo]) -> Table:
     """Return what jobs may name, with a sentence each."""
     table = plain_table("name", "what it does", "traits")
     for entry in entries:

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from api.routes.common import answers
 from api.views import AlgorithmView, SpaceView
 from optimizer.algorithms.base import ALGORITHMS
-from optimizer.problem import EvaluatorInfo, OperatorInfo
+from optimizer.problem import EvaluatorInfo, GraderInfo, OperatorInfo
 from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 
@@ -112,6 +112,28 @@ def list_evaluators() -> list[EvaluatorInfo]:
     from workers.evaluators.base import EVALUATORS
 
     return [evaluator.info() for evaluator in EVALUATORS.values()]
+
+
+@router.get(
+    "/graders",
+    summary="Graders of generated answers",
+    response_description="All graders, by name.",
+    responses=answers(
+        example=[
+            GraderInfo(
+                name="exact_match",
+                summary="Whether an answer is one of the right ones.",
+                direction="maximise",
+                columns={"answer": "the right answer, or a list of them"},
+            )
+        ]
+    ),
+)
+def list_graders() -> list[GraderInfo]:
+    """Return the graders that the option `graders` of evaluators of generated answers may name."""
+    from workers.graders.base import GRADERS
+
+    return [grader.info() for grader in GRADERS.values()]
 
 
 @router.get(

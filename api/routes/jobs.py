@@ -47,6 +47,9 @@ class ResumeInput(Strict):
     )
 
 
+_AS_BEFORE = ResumeInput()
+
+
 class CloneInput(Strict):
     """What a clone has otherwise."""
 
@@ -167,11 +170,11 @@ def pause_job(job_id: JobId, store: Store) -> JobView:
     status_code=202,
     summary="Resume a job",
     response_description="The job; a controller takes it up as soon as one is free.",
-    responses=_STEERING,
+    responses=answers(NotFound, Conflict, InvalidInput, TooLarge, example=examples.JOB, status=202),
 )
-def resume_job(job_id: JobId, store: Store, body: ResumeInput | None = None) -> JobView:
+def resume_job(job_id: JobId, store: Store, body: ResumeInput = _AS_BEFORE) -> JobView:
     """Ask a paused job to go on where it stopped; one that spent its budget, with another one."""
-    return store.request(job_id, "run", None if body is None else body.budget)
+    return store.request(job_id, "run", body.budget)
 
 
 @router.post(

@@ -162,7 +162,12 @@ def test_json(run: Run, spec_file: str, job: JobView) -> None:
 def test_catalog(run: Run) -> None:
     algorithms = succeed(run("catalog", "algorithms"))
     assert re.search(r"^nsga2 .*several objectives", algorithms, re.MULTILINE)
-    for kind, name in (("spaces", "layer_swap"), ("operators", "ties"), ("evaluators", "text_classification")):
+    for kind, name in (
+        ("spaces", "layer_swap"),
+        ("operators", "ties"),
+        ("evaluators", "text_classification"),
+        ("graders", "exact_match"),
+    ):
         assert re.search(rf"^{name} ", succeed(run("catalog", kind)), re.MULTILINE)
         assert name in {entry["name"] for entry in json.loads(succeed(run("catalog", kind, "--json")))}
     assert run("catalog", "colours").exit_code == 2

@@ -106,6 +106,7 @@ def test_catalog_and_service(client: Client) -> None:
     assert "layer_swap" in {space.name for space in client.spaces()}
     assert "ties" in {operator.name for operator in client.operators()}
     assert "causal_lm" in {evaluator.name for evaluator in client.evaluators()}
+    assert {grader.name: grader.direction for grader in client.graders()}["exact_match"] == "maximise"
     assert client.job_schema()["title"] == "JobSpec"
     assert (client.health().status, client.ready().status, client.server_version().api) == ("ok", "ok", "v1")
 

@@ -66,6 +66,7 @@ def test_routes() -> None:
             "/spaces": "GET",
             "/operators": "GET",
             "/evaluators": "GET",
+            "/graders": "GET",
             "/schema/job": "GET",
             "/health": "GET",
             "/ready": "GET",

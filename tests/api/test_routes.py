@@ -351,8 +351,8 @@ def test_exports_of_what_cannot_be_exported(
 
 
 def test_catalog(http: httpx.Client) -> None:
-    algorithms, spaces, operators, evaluators = (
-        http.get(f"/{kind}").json() for kind in ("algorithms", "spaces", "operators", "evaluators")
+    algorithms, spaces, operators, evaluators, graders = (
+        http.get(f"/{kind}").json() for kind in ("algorithms", "spaces", "operators", "evaluators", "graders")
     )
 
     abilities = {entry["name"]: (entry["multi_objective"], entry["needs_items"]) for entry in algorithms}
@@ -361,9 +361,10 @@ def test_catalog(http: httpx.Client) -> None:
     assert [space["name"] for space in spaces] == list(SPACES)
     assert {"linear", "slerp", "task_arithmetic", "ties"} <= {operator["name"] for operator in operators}
     assert {"text_classification", "causal_lm"} <= {evaluator["name"] for evaluator in evaluators}
-    for entry in [*algorithms, *spaces, *operators, *evaluators]:
+    for entry in [*algorithms, *spaces, *operators, *evaluators, *graders]:
         assert entry["summary"]
         assert entry["options_schema"]["type"] == "object"
+    assert {"exact_match", "refusal"} <= {grader["name"] for grader in graders}
     # These have the metrics that a job's options name.
     assert {entry["name"] for entry in evaluators if not entry["metrics"]} == {"http", "lm_eval", "python"}
 

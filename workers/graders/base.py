@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from optimizer.errors import InvalidInput, from_validation
+from optimizer.problem import GraderInfo
 from optimizer.registry import Registry
 from optimizer.spec import Direction, Strict
 from workers.data import Rows, is_text
@@ -81,6 +82,17 @@ class Grader(ABC):
         """
         self.options = options
         self.inputs = inputs
+
+    @classmethod
+    def info(cls) -> GraderInfo:
+        """Return what the API tells of this grader."""
+        return GraderInfo(
+            name=cls.name,
+            summary=cls.summary,
+            direction=cls.direction,
+            columns=cls.columns,
+            options_schema=cls.Options.model_json_schema(),
+        )
 
     @abstractmethod
     def grade(self, answers: Answers) -> Sequence[float]:
