@@ -67,11 +67,11 @@ def job(server: Server, **changes: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def running(folder: Path, server: Server) -> Iterator[Client]:
+def running(folder: Path, server: Server, pool: str = "local") -> Iterator[Client]:
     root = folder / "root"
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     (root / "items.jsonl").write_text("".join(json.dumps({"item": item}) + "\n" for item in range(ITEMS)))
-    with serving(folder / "home", root, pool="local", hosts=f"127.0.0.1:{server.port}", private_hosts="true") as client:
+    with serving(folder / "home", root, pool=pool, hosts=f"127.0.0.1:{server.port}", private_hosts="true") as client:
         yield client
 
 
@@ -124,8 +124,24 @@ def test_a_budget_of_requests_is_a_hard_stop(tmp_path: Path) -> None:
         assert "requests" in reason
         assert 30 <= len(server.received) <= 33
         assert client.get_job(submitted).progress.cost["requests"] == len(server.received)
-        more = client.clone(submitted, {"budget": {"evaluations": 24, "requests": 24 * ITEMS - 30}})
-        done = client.wait(more.id)
-        assert done.state == "completed", "what was paid for before is not paid for again"
+        client.resume(submitted, {"requests": 24 * ITEMS})
+        done = client.wait(submitted)
+        assert (done.state, done.progress.completed) == ("completed", 24)
+        assert done.progress.cost["requests"] == 24 * ITEMS
         assert len(server.received) == 24 * ITEMS
         assert set(scores.answered.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_of_a_ray_cluster_ask_the_service_as_local_ones_do(tmp_path: Path) -> None:
+    found = {}
+    with service(Scores(down_after=10**9)) as server:
+        for pool in ("local", "ray"):
+            folder = tmp_path / pool
+            folder.mkdir()
+            with running(folder, server, pool) as client:
+                done = client.wait(client.submit(job(server)).id)
+                assert (done.state, done.progress.completed) == ("completed", 24)
+                found[pool] = [(one.fingerprint, one.values) for one in client.candidates(done.id)]
+    assert found["ray"] == found["local"]

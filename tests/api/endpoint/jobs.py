@@ -8,10 +8,11 @@ from typing import Any
 from api.store.sql import SqlStore
 from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
+from optimizer.ports import PoolFactory
 from optimizer.spec import JobSpec, parse_spec
 from tests.durability.rows import Rows, history
 from workers.policy import Policy
-from workers.pool import LocalPoolFactory
+from workers.pool import LocalPoolFactory, RayPoolFactory
 
 SECRET = "owner"
 
@@ -56,12 +57,13 @@ class Client:
         url: of its database.
         root: where its data are.
         policy: what its jobs may do.
+        ray: whether its workers are those of a Ray cluster.
     """
 
-    def __init__(self, url: str, root: Path, policy: Policy) -> None:
+    def __init__(self, url: str, root: Path, policy: Policy, *, ray: bool = False) -> None:
         self.url = url
         self.store = SqlStore(url)
-        self._pools = LocalPoolFactory([root], policy=policy)
+        self._pools: PoolFactory = (RayPoolFactory if ray else LocalPoolFactory)([root], policy=policy)
         self.controller = Controller(self.store, self._pools, ControllerConfig("test", poll_s=0.01, retry_s=0.01))
 
     def submit(self, spec: JobSpec) -> str:
@@ -85,4 +87,5 @@ class Client:
 
     def close(self) -> None:
         """Close the store."""
+        self._pools.close()
         self.store.close()

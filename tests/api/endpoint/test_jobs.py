@@ -86,6 +86,20 @@ def test_evo_merging_finds_what_it_finds_locally_bit_for_bit(
     assert len({row[4] for row in rows}) > 12
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_of_a_ray_cluster_find_the_same(
+    endpoint: Endpoint, searcher: Client, roots: Roots, data: Path, sqlite_url: str
+) -> None:
+    spec = job(endpoint.url, workers={"count": 2}, budget={"evaluations": 12})
+    _, expected = searcher.run(spec)
+    others = Client(sqlite_url, data, roots.policy, ray=True)
+    done, rows = others.run(spec)
+    others.close()
+    assert (done.state, done.progress.completed) == ("completed", 12)
+    assert rows == expected
+
+
 def test_several_objectives_share_a_merge_and_named_sets_need_no_upload(endpoint: Endpoint, roots: Roots) -> None:
     own = {"evaluator": "text_classification", "set": "own"}
     query = {"evaluator": "text_classification", "data": {"path": "query.jsonl"}}
