@@ -99,7 +99,8 @@ def clustered_anchors(references: Matrix, count: int, seed: int) -> Anchors:
     found = KMeans(clusters, n_init=4, random_state=seed).fit(x)
     distances = ((x - found.cluster_centers_[found.labels_]) ** 2).sum(axis=1)
     # Items that are equally near are taken in an order that says nothing about them.
-    nearest = np.lexsort((np.random.Generator(np.random.PCG64(seed)).permutation(len(x)), distances))
+    random = np.random.Generator(np.random.PCG64(seed))
+    nearest = np.lexsort((random.permutation(len(x)), distances))
     members = [nearest[found.labels_[nearest] == cluster] for cluster in range(clusters)]
     shares = _shared_out(min(count, len(x)), [len(each) for each in members])
     places = np.concatenate([each[:share] for each, share in zip(members, shares, strict=True)])
