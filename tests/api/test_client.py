@@ -119,7 +119,15 @@ def test_every_route_has_a_method_of_both_clients(service: Service) -> None:
     from api.app import route_table
     from api.client import Endpoint
 
-    arguments = {"job_id": "ID", "index": 7, "export_id": "ID", "spec": {}, "candidate": {}, "changes": {}, "budget": {}}
+    arguments = {
+        "job_id": "ID",
+        "index": 7,
+        "export_id": "ID",
+        "spec": {},
+        "candidate": {},
+        "changes": {},
+        "budget": {},
+    }
     built = {("GET", "/api/v1/events")}  # one method serves this route and the job's own
     for name, endpoint in vars(Client.__mro__[1]).items():
         if isinstance(endpoint, Endpoint):

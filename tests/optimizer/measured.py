@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from api.store.sql import SqlStore
+from api.views import JobView
+from optimizer.controller import Controller, ControllerConfig
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.fitness.known import PlacedScores, pick, union
 from optimizer.fitness.racing import Terms
@@ -173,3 +176,12 @@ class Pool:
 
     def close(self) -> None:
         pass
+
+
+def run(store: SqlStore, pools: Pools, spec: JobSpec) -> JobView:
+    """Run a job to its end with a new controller."""
+    job, _ = store.create_job(spec)
+    assert Controller(store, pools, ControllerConfig("test", poll_s=0.0)).run_next(job.id)
+    view = store.get_job(job.id)
+    assert view.state == "completed", view.reason
+    return view

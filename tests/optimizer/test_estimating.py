@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from api.store.sql import SqlStore
-from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.spec import JobSpec
 from tests.factories import make_spec
-from tests.optimizer.measured import Pools
+from tests.optimizer.measured import Pools, run
 from tests.optimizer.test_races import WORDS, quality
 
 BASELINES = 4
@@ -34,14 +33,6 @@ def spec_of(method: str = "regression", **changes: Any) -> JobSpec:
         "fitness": {"estimation": {"method": method, "items": ANCHORS}, "verification": {"candidates": 2}},
     }
     return make_spec(**(fields | changes))
-
-
-def run(store: SqlStore, pools: Pools, spec: JobSpec) -> JobView:
-    job, _ = store.create_job(spec)
-    assert Controller(store, pools, ControllerConfig("test", poll_s=0.0)).run_next(job.id)
-    view = store.get_job(job.id)
-    assert view.state == "completed", view.reason
-    return view
 
 
 @pytest.mark.parametrize("method", ["mean", "weighted", "regression", "gmp_irt"])

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from api.store.sql import SqlStore
 from api.views import JobView
-from optimizer.controller import Controller, ControllerConfig
 from optimizer.fitness.aggregate import ItemScores
 from optimizer.ports import EvaluationPool, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
 from tests.factories import make_problem, make_spec
 from tests.optimizer.measured import ITEMS, Pool, Pools
+from tests.optimizer.measured import run as run_job
 
 CANDIDATES = 8
 
@@ -30,11 +30,7 @@ def store(sqlite_url: str) -> Iterator[SqlStore]:
 
 
 def run(store: SqlStore, pools: Pools, **changes: Any) -> JobView:
-    job, _ = store.create_job(make_spec(**({"budget": {"evaluations": CANDIDATES}} | changes)))
-    assert Controller(store, pools, ControllerConfig("test", poll_s=0.0)).run_next(job.id)
-    view = store.get_job(job.id)
-    assert view.state == "completed", view.reason
-    return view
+    return run_job(store, pools, make_spec(**({"budget": {"evaluations": CANDIDATES}} | changes)))
 
 
 def outcomes(store: SqlStore, job: JobView) -> list[Any]:

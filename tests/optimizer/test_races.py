@@ -16,7 +16,7 @@ from optimizer.problem import Problem
 from optimizer.recipe import Recipe
 from optimizer.spec import CandidateInput, JobSpec
 from tests.factories import make_spec
-from tests.optimizer.measured import Pools
+from tests.optimizer.measured import Pools, run
 
 WORDS = {name: [f"{name} {n}" for n in range(200)] for name in ("language", "polarity")}
 RACING: dict[str, Any] = {"racing": {"enabled": True, "first_items": 16}}
@@ -43,14 +43,6 @@ def spec_of(searcher: str = "cma_es", **changes: Any) -> JobSpec:
         "fitness": RACING,
     }
     return make_spec(**(fields | changes))
-
-
-def run(store: SqlStore, pools: Pools, spec: JobSpec) -> JobView:
-    job, _ = store.create_job(spec)
-    assert Controller(store, pools, ControllerConfig("test", poll_s=0.0)).run_next(job.id)
-    view = store.get_job(job.id)
-    assert view.state == "completed", view.reason
-    return view
 
 
 def candidates(store: SqlStore, job: JobView) -> list[CandidateSummary]:
