@@ -53,13 +53,13 @@ def test_killed_again_and_again_it_ends_as_if_never_interrupted(tmp_path: Path, 
     home, rng = tmp_path / "killed", random.Random(11)
     job_id = ""
     for kill in range(kills):
-        service = Service(home, root, lease_ttl_s=1)
-        if kill == 0:
-            job_id = service.wait_ready().submit(job).id
-        # Half of the kills come at any moment of the start, half in the middle of the work.
-        if kill % 2:
-            wait_for_progress(service.wait_ready(), job_id)
-        until_dead(service, rng.uniform(0, 0.3 if kill % 2 else 3.0))
+        with Service(home, root, lease_ttl_s=1) as service:
+            if kill == 0:
+                job_id = service.wait_ready().submit(job).id
+            # Half of the kills come at any moment of the start, half in the middle of the work.
+            if kill % 2:
+                wait_for_progress(service.wait_ready(), job_id)
+            until_dead(service, rng.uniform(0, 0.3 if kill % 2 else 3.0))
     done = [row for row in history(f"sqlite:///{home}/mergeopt.db", job_id) if row[-1] is not None]
     assert 0 < len(done) < 800, "the job must be under way at the last kill"
     with serving(home, root, lease_ttl_s=1) as client:

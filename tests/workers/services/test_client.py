@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import multiprocessing
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -54,7 +55,13 @@ def test_answers_come_in_the_order_of_the_questions(server: Server) -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_at_once_than_allowed(server: Server, concurrency: int) -> None:
-    server.script = slowly(echo, 0.03)
+    together = threading.Barrier(concurrency)
+
+    def wait_for_the_others(received: Received, connection: Any) -> None:
+        together.wait(60)
+        echo(received, connection)
+
+    server.script = wait_for_the_others
     client(server, concurrency=concurrency).ask_all(questions(server, 9))
     assert server.most == concurrency
 
