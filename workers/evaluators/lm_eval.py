@@ -132,7 +132,7 @@ class LmEval(Evaluator):
         directory = None
         if options.include_path is not None:
             directory = inputs.roots.path(options.include_path, f"{field}.include_path")
-        with seeded(options.seeds), silent():
+        with hushed(), seeded(options.seeds), silent():
             self._tasks = harness.load_tasks(options.tasks, directory, inputs.policy, inputs.roots, field)
             how = _prompting(harness, options)
             built = {name: harness.build(name, task, self._lm, how, field) for name, task in self._tasks.items()}

@@ -263,13 +263,14 @@ def test_an_incomplete_checkpoint_is_refused(name: str, missing: str, checkpoint
 
 @every_evaluator
 def test_standard_output_and_error_stay_empty(
-    name: str, checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]
+    name: str, checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     case = CASES[name]
     model = open_model(name, checkpoint(name))
     capfd.readouterr()
     build(name, checkpoint(name), case.rows, **case.options).evaluate(model)
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records  # whether they reach a terminal depends on who set up logging, and when
 
 
 @every_evaluator
