@@ -15,8 +15,10 @@ items, a merge on n of them, the anchors.
   others, by which the penalty is chosen as well.
 - ``mp_irt`` and ``gmp_irt`` (MERGE³, arXiv:2502.10436): see `optimizer.fitness.irt`. With p_i the fitted probabilities,
   mp = (n/N)·Σ w_i y_i + (1 − n/N)·mean over the rest of p_i, and gmp is half of mp and half of ``weighted``. The error
-  of mp has two parts: the rest's own randomness, Σ p(1−p)/N², and that of the mixture, gᵀ C g with g the gradient of the
-  mean over the rest and C the mixture's covariance. gmp's is the mean of both errors, as if they went together.
+  of mp has three parts: the rest's own randomness, Σ p(1−p)/N², that of the mixture, gᵀ C g with g the gradient of the
+  mean over the rest and C the mixture's covariance, and by how much the fit misses the anchors. Where a merge is no
+  mixture of its experts' abilities this is too little: many items make mp sure of what its model gets wrong. gmp's is
+  the mean of both errors, as if they went together.
 
 Standard errors from few items are enlarged so that 1.96 of them on either side make a 95 % interval (Student's t).
 Item responses are for answers, right or wrong; where scores are anything else both IRT estimators are ``regression``.
@@ -218,7 +220,8 @@ class Estimator:
         spread = p[rest] * (1 - p[rest])
         gradient = (spread[:, None] * (responses.slopes[rest] @ responses.abilities.T)).sum(axis=0) / total
         value = n / total * float(self.anchors.weights @ scores) + (1 - n / total) * float(p[rest].mean())
-        error = float(np.sqrt(spread.sum() / total**2 + gradient @ covariance @ gradient))
+        bias = (1 - n / total) * float(self.anchors.weights @ (scores - p[places]))
+        error = float(np.sqrt(spread.sum() / total**2 + gradient @ covariance @ gradient + bias**2))
         if self.method == "mp_irt":
             return Estimate(value, error)
         other = self._weighted(scores)

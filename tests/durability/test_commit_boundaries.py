@@ -128,6 +128,7 @@ def check(bench: Bench, names: set[str], *, every: bool) -> Rows:
     return whole
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_commit_boundaries(
     forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path, every: bool
@@ -136,6 +137,7 @@ def test_killed_at_commit_boundaries(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_while_candidates_race(
     forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_killed_while_candidates_race(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_while_candidates_are_estimated(
     forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
 ) -> None:

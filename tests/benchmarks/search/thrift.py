@@ -141,7 +141,7 @@ PROBLEMS = {
 
 def kinds(problem: Problem) -> dict[str, dict[str, Any]]:
     """Return by name the job's ``fitness`` for each way of saving; item responses are for right and wrong only."""
-    best: Method = "gmp_irt" if problem.sign > 0 else "regression"
+    others: Method = "gmp_irt" if problem.sign > 0 else "regression"
 
     def estimation(method: Method, items: int) -> dict[str, Any]:
         return {"cache": False, "estimation": {"method": method, "items": items}}
@@ -152,8 +152,9 @@ def kinds(problem: Problem) -> dict[str, dict[str, Any]]:
         "cache": {},
         "racing": {"cache": False, "racing": {"enabled": True}},
         **{f"{method}, {problem.fiftieth}": estimation(method, problem.fiftieth) for method in methods},
-        **{f"{method}, 50": estimation(method, 50) for method in dict.fromkeys(("regression", best))},
-        "all": {"racing": {"enabled": True}, "estimation": {"method": best, "items": 50}},
+        "weighted, 50": estimation("weighted", 50),
+        f"{others}, 50": estimation(others, 50),
+        "weighted, 50, cache": estimation("weighted", 50) | {"cache": True},
     }
 
 
