@@ -66,7 +66,7 @@ def test_its_thrifty_job_is_one() -> None:
     (thrift,) = (one for one in others if "fitness" in one)
     thrifty = parse_spec(job | thrift)
     assert thrifty.objectives[0].test is not None
-    assert thrifty.fitness.racing.enabled and thrifty.fitness.estimation.method == "gmp_irt"
+    assert thrifty.fitness.racing.enabled and thrifty.fitness.estimation.method == "weighted"
 
 
 def test_its_objectives_of_ones_own_are_such() -> None:
