@@ -27,7 +27,7 @@ demo: setup  ## Run the main job on real models: train experts, search, export, 
 
 test: setup  ## Lint, types and the whole test suite but the slow rest
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: setup  ## The slow rest
 	$(BIN)/pytest -m slow
