@@ -632,7 +632,12 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure_memory(folder: Path, operators: list[str]) -> dict[str, list[memory.Measured]]:
-    return {operator: [memory.measure(folder, operator, count) for count in (2, 8)] for operator in operators}
+    """The most of five measurements with few and with many experts: on a busy machine the watcher misses peaks."""
+
+    def most(operator: str, count: int) -> memory.Measured:
+        return max((memory.measure(folder, operator, count) for _ in range(5)), key=lambda found: found.peak)
+
+    return {operator: [most(operator, count) for count in (2, 8)] for operator in operators}
 
 
 @pytest.fixture(scope="module")
