@@ -36,7 +36,7 @@ bench: setup  ## Measure and print the benchmark figures
 	$(BIN)/python -m tests.benchmarks
 
 bench-search: setup  ## Measure the searches: hours; each benchmark also runs alone
-	@for name in niches frank_wolfe evo_merging map_front surrogates multi_objective spaces single_objective front beyond; do \
+	@for name in niches frank_wolfe evo_merging map_front surrogates multi_objective spaces single_objective front beyond thrift; do \
 	  $(BIN)/python -m tests.benchmarks.search.$$name || exit 1; done
 
 lint: setup  ## Lint and check the format
