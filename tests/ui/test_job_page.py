@@ -100,6 +100,7 @@ def test_cancel_asks_first(service: Service, tab: Tab, job: JobView) -> None:
 
 
 def test_delete(service: Service, tab: Tab, job: JobView) -> None:
+    tab.expected.append("404")  # what the page was asking for when the job went
     page = open_job(tab, service, job)
     service.allow(40)
     state(page, "Completed")
