@@ -397,6 +397,11 @@ class Phase(Strict):
     )
 
 
+_Requests = Annotated[float, Field(gt=0, le=1e12)]
+_Tokens = Annotated[float, Field(gt=0, le=1e15)]
+_Money = Annotated[float, Field(gt=0, le=1e12)]
+
+
 class Budget(Strict):
     """When to stop: whichever comes first."""
 
@@ -411,19 +416,14 @@ class Budget(Strict):
         ge=1,
         description="Stop after this many evaluations in a row that do not improve the front.",
     )
-    requests: float | None = Field(
-        default=None,
-        gt=0,
-        le=1e12,
-        description="Most requests to services; the job pauses before it would exceed them.",
+    requests: _Requests | None = Field(
+        default=None, description="Most requests to services; the job pauses before it would exceed them."
     )
-    tokens: float | None = Field(
-        default=None, gt=0, le=1e15, description="Most tokens that services read and write; the job pauses before."
+    tokens: _Tokens | None = Field(
+        default=None, description="Most tokens that services read and write; the job pauses before."
     )
-    money: float | None = Field(
+    money: _Money | None = Field(
         default=None,
-        gt=0,
-        le=1e12,
         description="Most money that services charge, by the prices in evaluators' options; the job pauses before.",
     )
 
@@ -431,9 +431,9 @@ class Budget(Strict):
 class RaisedBudget(Strict):
     """Budgets that a job gets in place of those that it has used up. What it searches stays as it was."""
 
-    requests: float | None = Field(default=None, gt=0, le=1e12, description="Most requests in all; null for as before.")
-    tokens: float | None = Field(default=None, gt=0, le=1e15, description="Most tokens in all; null for as before.")
-    money: float | None = Field(default=None, gt=0, le=1e12, description="Most money in all; null for as before.")
+    requests: _Requests | None = Field(default=None, description="Most requests in all; null for as before.")
+    tokens: _Tokens | None = Field(default=None, description="Most tokens in all; null for as before.")
+    money: _Money | None = Field(default=None, description="Most money in all; null for as before.")
 
 
 class Racing(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,13 +81,6 @@ class _Pool:
 
     def close(self) -> None:
         self._todo.clear()
-
-
-@pytest.fixture
-def store(sqlite_url: str) -> Iterator[SqlStore]:
-    store = SqlStore(sqlite_url)
-    yield store
-    store.close()
 
 
 def controller(store: SqlStore, pools: Pools, **config: float) -> Controller:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,6 @@ from tests.optimizer.test_races import WORDS, quality
 
 BASELINES = 4
 ANCHORS = 20
-
-
-@pytest.fixture
-def store(sqlite_url: str) -> Iterator[SqlStore]:
-    store = SqlStore(sqlite_url)
-    yield store
-    store.close()
 
 
 def spec_of(method: str = "regression", **changes: Any) -> JobSpec:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from api.store.sql import SqlStore
@@ -20,13 +18,6 @@ from tests.optimizer.measured import ITEMS, Pool, Pools
 from tests.optimizer.measured import run as run_job
 
 CANDIDATES = 8
-
-
-@pytest.fixture
-def store(sqlite_url: str) -> Iterator[SqlStore]:
-    store = SqlStore(sqlite_url)
-    yield store
-    store.close()
 
 
 def run(store: SqlStore, pools: Pools, **changes: Any) -> JobView:

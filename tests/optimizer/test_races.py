@@ -28,13 +28,6 @@ def quality(recipe: Recipe) -> float:
     return -4 * float(np.square(coefficients - 0.5).mean())
 
 
-@pytest.fixture
-def store(sqlite_url: str) -> Iterator[SqlStore]:
-    store = SqlStore(sqlite_url)
-    yield store
-    store.close()
-
-
 def spec_of(searcher: str = "cma_es", **changes: Any) -> JobSpec:
     population: dict[str, Any] = {"population": 6}
     fields: dict[str, Any] = {

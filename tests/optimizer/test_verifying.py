@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,6 @@ from tests.optimizer.measured import ITEMS, Pools
 
 TEST = {"language": [f"unseen {n}" for n in range(30)]}
 BASELINES = 4  # the base, two experts, the uniform merge
-
-
-@pytest.fixture
-def store(sqlite_url: str) -> Iterator[SqlStore]:
-    store = SqlStore(sqlite_url)
-    yield store
-    store.close()
 
 
 def spec_of(**changes: Any) -> JobSpec:

@@ -45,8 +45,6 @@ VERIFIED = 4
 MOST = 1000
 SIZES = (10, 20, 50, 100, 200)
 METHODS: tuple[Method, ...] = ("mean", "weighted", "regression", "mp_irt", "gmp_irt")
-NEAREST = 20
-"""Of the estimated candidates, the best so many, among which a search has to choose."""
 
 Matrix = NDArray[np.float64]
 
