@@ -99,11 +99,18 @@ def _state(data: Data) -> str:
 
 
 def _verified(data: Data) -> str:
-    head = f"candidate {data['index']} on test items"
+    head = f"candidate {data['index']}"
     if data["state"] == "failed":
-        return f"{head}: failed"
-    scores = "  ".join(f"{name} {number(value)}" for name, value in (data["test"] or data["search"]).items())
-    return f"{head}  {scores}" + (f"  overfitted: {', '.join(data['overfitted'])}" if data["overfitted"] else "")
+        return f"{head} measured anew: failed"
+    # A job without test items verifies on all search items: there the values of the search were estimates.
+    parts = [
+        f"on {items} items  " + "  ".join(f"{name} {number(value)}" for name, value in data[split].items())
+        for split, items in (("search", "all"), ("test", "test"))
+        if data[split]
+    ]
+    if data["overfitted"]:
+        parts.append(f"overfitted: {', '.join(data['overfitted'])}")
+    return f"{head} {'  '.join(parts)}"
 
 
 def _export(data: Data) -> str:
@@ -114,7 +121,7 @@ def _export(data: Data) -> str:
 _TOLD: dict[str, Callable[[Data], str]] = {
     "job.state": _state,
     "job.note": lambda data: str(data["message"]),
-    "job.verifying": lambda data: f"{len(data['candidates'])} candidates to measure on test items",
+    "job.verifying": lambda data: f"{len(data['candidates'])} candidates to measure anew",
     "candidate.verified": _verified,
     "candidate.rejected": lambda data: f"enqueued candidate {data['queued']} rejected: {data['message']}",
     "export.progress": _export,

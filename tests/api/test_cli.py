@@ -23,10 +23,12 @@ from typer.testing import CliRunner, Result
 import migrations
 from api.cli import app
 from api.client import Client
-from api.commands.live import LiveJob
+from api.commands.live import LiveJob, describe
 from api.store.sql import SqlStore
 from api.views import CandidateView, JobSummary, JobView, ValidationView
 from optimizer.errors import MergeoptError
+from optimizer.fitness.intervals import Interval
+from optimizer.ports import Failure, Verification
 from optimizer.problem import PlannedPhase
 from optimizer.spec import AlgorithmSpec
 from tests.api.conftest import Runner, Service, spec_json
@@ -368,6 +370,32 @@ def test_the_live_table(store: SqlStore, job: JobView) -> None:
     assert "front 2" in text
     assert re.search(r"polarity +loss +minimise +0\.2000", text)
     assert "candidate 4  language 0.5000  polarity 0.9000" in text
+
+
+def test_watch_says_on_which_items_the_best_were_measured_anew(store: SqlStore, queued: JobView) -> None:
+    runner = Runner(store, queued.id)
+    runner.score(*runner.propose(), 0.5, 0.25)
+    runner.propose(3)
+    store.begin_verification(runner.lease, range(4))
+    known = {"language": Interval(0.5, 0.4, 0.6, 200), "polarity": Interval(0.25, 0.2, 0.3, 200)}
+    tested = {"language": Interval(0.75, 0.7, 0.8, 100)}
+    for verification in (
+        Verification(0, search=known),
+        Verification(1, search=known, test=tested, overfitted=("language",)),
+        Verification(2, test=tested),
+        Verification(3, failure=Failure("infeasible", "loss is nan")),
+    ):
+        store.add_verification(runner.lease, verification)
+    names = ["language", "polarity"]
+    lines = [describe(event, names) for event in store.events(queued.id, 0)][-5:]
+
+    assert lines == [
+        "4 candidates to measure anew",
+        "candidate 0 on all items  language 0.5000  polarity 0.2500",
+        "candidate 1 on all items  language 0.5000  polarity 0.2500  on test items  language 0.7500  overfitted: language",
+        "candidate 2 on test items  language 0.7500",
+        "candidate 3 measured anew: failed",
+    ]
 
 
 def test_export(run: Run, job: JobView, store: SqlStore) -> None:
