@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,15 @@ import pytest
 
 import migrations
 from tests.postgres import PostgresServer, find_postgres, run_postgres
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look again at what stays for the whole run, the libraries and thousands of tests.
+
+    It takes seconds each time, and continuous batching collects twice for each evaluation.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
