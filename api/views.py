@@ -145,7 +145,7 @@ class IntervalView(View):
     value: float
     low: float = Field(description="Lower end of the 95 % bootstrap interval (BCa over items).")
     high: float = Field(description="Upper end.")
-    items: int = Field(description="Number of items.")
+    items: int = Field(description="Number of items; 1 where only their mean is known, which has no interval.")
 
 
 class VerificationView(View):

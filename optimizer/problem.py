@@ -116,6 +116,9 @@ class ResolvedObjective(Strict):
         default=False,
         description="Whether it is measured on all items even where others are on a part, for it is no mean over items.",
     )
+    means_only: bool = Field(
+        default=False, description="Whether only the mean over the items is known, of which no error can be told."
+    )
     differentiable: bool = Field(
         default=False, description="Whether workers can derive its likelihoods with respect to the weights."
     )

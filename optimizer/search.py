@@ -95,9 +95,7 @@ class Search:
         self.space: JobSpace = make_space(spec, problem)
         self.candidates: list[Candidate] = []
         self.evaluations: dict[int, Evaluation] = {}
-        self._races = (
-            spec.fitness.racing.enabled and spec.endpoint is None and not any(o.whole for o in problem.objectives)
-        )
+        self._races = spec.fitness.racing.enabled and not any(o.whole for o in problem.objectives)
         self._queue = Queue(in_order=not spec.asynchronous)
         self._waiting: dict[int, None] = {}
         self._by_fingerprint: dict[str, list[int]] = {}

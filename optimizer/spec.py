@@ -316,6 +316,9 @@ class Objective(Strict):
             "which shows what the search owes to luck with its own."
         ),
     )
+    test_set: Name | None = Field(
+        default=None, description="Name of a set of the owner's in place of `test`, where an `endpoint` has the models."
+    )
     metric: str | None = Field(
         default=None, description="One of the evaluator's metrics; its first by default.", examples=["loss"]
     )
@@ -673,10 +676,13 @@ class JobSpec(Strict):
         if len(given) != 1:
             raise ValueError("base: give exactly one of `base` (with `experts`), `endpoint` and `parameters`")
         for number, objective in enumerate(self.objectives):
-            if objective.set is not None and (self.endpoint is None or objective.data is not None):
-                raise ValueError(
-                    f"objectives.{number}.set: it is for jobs with an `endpoint`, and in place of `data`; leave it out"
-                )
+            for name, instead in (("set", "data"), ("test_set", "test")):
+                named = getattr(objective, name) is not None
+                if named and (self.endpoint is None or getattr(objective, instead) is not None):
+                    raise ValueError(
+                        f"objectives.{number}.{name}: it is for jobs with an `endpoint`, and in place of `{instead}`; "
+                        "leave it out"
+                    )
         if (self.base is None) != (not self.experts):
             raise ValueError("experts: `base` and `experts` go together")
 

@@ -110,6 +110,8 @@ class Verifying:
         )
         fresh = [each for items, _, new in parts for each in self._memory.entries(items, fingerprint, new)]
         search, test = (_whole(items, old, new) for items, old, new in parts)
+        search |= _means(self._search_items, result.scores)
+        test |= _means(self._test_items, result.test)
         try:
             aggregate(self._search_items, search)
             aggregate(self._test_items, test)
@@ -145,6 +147,11 @@ def _placed(
         fits = objective.name in scores and len(scores[objective.name].values) == len(places)
         out[objective.name] = PlacedScores(places, scores[objective.name]) if fits else PlacedScores.none()
     return out
+
+
+def _means(objectives: Sequence[ResolvedObjective], scores: Mapping[str, ItemScores]) -> dict[str, ItemScores]:
+    """The scores that stand for all items together, which are measured anew, for they have no places."""
+    return {o.name: scores[o.name] for o in objectives if o.means_only and o.name in scores}
 
 
 def _whole(

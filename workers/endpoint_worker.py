@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from optimizer.errors import EvaluationTimeout, Gone, InputsChanged, JobError, NotFound, ServiceUnavailable
 from optimizer.fitness.aggregate import ItemScores
-from optimizer.fitness.cost import Cost
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
 from workers.endpoint.client import FIELD, EndpointClient
 from workers.endpoint.protocol import EvaluationRequest, EvaluationView, Part, PartView, RepositoryView, read_scores
-from workers.endpoint.questions import Question, questions_of, upload
-from workers.evaluators.base import Cancelled
-from workers.measuring import attempt, timed
+from workers.endpoint.questions import Question, Split, questions_of, upload
+from workers.evaluation import Later, measure, result_of
+from workers.evaluators.base import Cancelled, Scores
+from workers.measuring import Measure, attempt, measures_of, timed
 from workers.roots import Roots
 
 RENEWALS = 4
@@ -41,18 +43,13 @@ class EndpointWorker:
             raise JobError("the job has no endpoint", field=FIELD)
         self._name = name
         self._client = EndpointClient(spec.endpoint, roots.policy)
-        self._fewest = 0
         view = self._client.repository()
         self._fewest = view.scoring.min_items
-        self._questions = questions_of(spec, view, roots)
-        _check_inputs(problem, view, self._questions)
-        self._metrics = [
-            [(problem.objectives[number].name, problem.objectives[number].metric) for number in question.numbers]
-            for question in self._questions
-        ]
-        self._whole = [any(problem.objectives[number].whole for number in found.numbers) for found in self._questions]
+        _check_models(problem, view)
+        self._measures = _measures(spec, problem, view, roots, "data")
+        self._tests = Later(partial(_measures, spec, problem, view, roots, "test"))
         self._session: str | None = None
-        self._sets: list[str] = []
+        self._sets: dict[tuple[str, str], str] = {}
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the scores of a candidate, or why it has none; raises as `attempt` does.
@@ -62,28 +59,44 @@ class EndpointWorker:
         return attempt(task, self._name, partial(self._evaluate, task, cancelled), self._client.meter)
 
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
-        with timed(seconds, "evaluate"):
-            view = self._asked(task, cancelled)
-        cost = Cost(view.cost.items, view.cost.tokens)  # of requests the meter knows
-        if view.failure is not None or view.parts is None:
-            return Result(
-                task.index, failure=self._failure(view, cancelled), seconds=seconds, worker=self._name, cost=cost
-            )
-        scores: dict[str, ItemScores] = {}
-        wanted = zip(self._questions, self._positions(task), view.parts, self._metrics, strict=True)
-        for question, expected, part, metrics in wanted:
-            _check_part(part, question.count if expected is None else len(expected))
-            scores |= {name: _scores_of(part, metric) for name, metric in metrics}
-        return Result(task.index, scores, seconds=seconds, worker=self._name, cost=cost)
+        spent: list[Cost] = []  # of requests the meter knows
+        try:
+            with timed(seconds, "evaluate"):
+                found = measure(task, self._measures, self._tests, partial(self._score, task, cancelled, spent))
+        except _Failed as failed:
+            result = Result(task.index, failure=failed.failure, seconds=seconds, worker=self._name)
+        else:
+            result = result_of(task, found, self._name, seconds)
+        return replace(result, cost=Cost.total(spent))
 
-    def _asked(self, task: Task, cancelled: Callable[[], bool]) -> EvaluationView:
+    def _score(
+        self,
+        task: Task,
+        cancelled: Callable[[], bool],
+        spent: list[Cost],
+        wanted: Sequence[tuple[Measure[Question], Question]],
+    ) -> list[Scores]:
+        """The scores by several measures, with one merge; the cost goes to ``spent``."""
+        asked = [question.asked(taken.order, self._fewest) for taken, question in wanted]
+        view = self._asked(
+            task, cancelled, [(question, items) for (_, question), items in zip(wanted, asked, strict=True)]
+        )
+        spent.append(Cost(view.cost.items, view.cost.tokens))
+        if view.failure is not None or view.parts is None:
+            raise _Failed(self._failure(view, cancelled))
+        return [
+            Scores({metric: _scores_of(part, metric, question, items) for _, metric in taken.objectives}, FREE)
+            for (taken, question), items, part in zip(wanted, asked, view.parts, strict=True)
+        ]
+
+    def _asked(
+        self, task: Task, cancelled: Callable[[], bool], wanted: Sequence[tuple[Question, list[int] | None]]
+    ) -> EvaluationView:
         for _ in range(RENEWALS):
             try:
                 session = self._session or self._open()
                 candidate = self._client.materialise(session, task.recipe, cancelled)
-                parts = [
-                    Part(set=name, items=items) for name, items in zip(self._sets, self._positions(task), strict=True)
-                ]
+                parts = [Part(set=self._set(session, question), items=items) for question, items in wanted]
                 view = self._client.evaluate(session, EvaluationRequest(candidate=candidate, parts=parts), cancelled)
             except (Gone, NotFound):  # it expired, or the server was started anew
                 self._session = None
@@ -93,18 +106,16 @@ class EndpointWorker:
             return view
         raise ServiceUnavailable("the endpoint's sessions end before an evaluation does", field=FIELD)
 
-    def _positions(self, task: Task) -> list[list[int] | None]:
-        """Which items of each question a task is measured on; all where a metric is had of all together only."""
-        return [
-            None if whole else question.positions(task.items, self._fewest)
-            for question, whole in zip(self._questions, self._whole, strict=True)
-        ]
-
     def _open(self) -> str:
-        session = self._client.open_session().id
-        self._sets = [question.own or upload(self._client, session, question).digest for question in self._questions]
-        self._session = session
-        return session
+        self._session, self._sets = self._client.open_session().id, {}
+        return self._session
+
+    def _set(self, session: str, question: Question) -> str:
+        """What the endpoint calls a question's items, which are uploaded when they are first asked for."""
+        key = question.field, question.split
+        if key not in self._sets:
+            self._sets[key] = question.own or upload(self._client, session, question).digest
+        return self._sets[key]
 
     def _failure(self, view: EvaluationView, cancelled: Callable[[], bool]) -> Failure:
         """Why a candidate has no scores; raises where that is not the candidate's fault."""
@@ -119,19 +130,47 @@ class EndpointWorker:
         return Failure(code[:100], message[:2000])
 
 
-def _check_inputs(problem: Problem, view: RepositoryView, questions: list[Question]) -> None:
-    """Raise `InputsChanged` if the owner's models, or some items, are not those that the job began with."""
+class _Failed(Exception):
+    """The endpoint says that a candidate has no scores, and why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+def _measures(
+    spec: JobSpec, problem: Problem, view: RepositoryView, roots: Roots, split: Split
+) -> list[Measure[Question]]:
+    """The measures over some items; raises `InputsChanged` if these are not those that the job began with."""
+    questions = questions_of(spec, view, roots, split)
+    for number, question in questions.items():
+        objective = problem.objectives[number]
+        if (objective if split == "data" else objective.test_items).data_digest != question.digest:
+            raise InputsChanged(
+                f"the items of objective {objective.name!r} are not those the job began with", remedy="restore them"
+            )
+    return measures_of(spec, problem, questions, split)
+
+
+def _check_models(problem: Problem, view: RepositoryView) -> None:
+    """Raise `InputsChanged` if the owner's models are not those that the job began with."""
     found = {model.name: model.id for model in view.models}
     for name, model in problem.models.items():
         if found.get(name) != model.digest:
             raise InputsChanged(f"the owner's model {name!r} is not the one the job began with", field=FIELD)
-    for question in questions:
-        for number in question.numbers:
-            if problem.objectives[number].data_digest != question.digest:
-                raise InputsChanged(
-                    f"the items of objective {problem.objectives[number].name!r} are not those the job began with",
-                    remedy="restore them",
-                )
+
+
+def _scores_of(part: PartView, metric: str, question: Question, asked: Sequence[int] | None) -> ItemScores:
+    """The scores of the items that a question is about, of those that were asked for; of all where that is their mean."""
+    places = range(question.count) if asked is None else asked
+    _check_part(part, len(places))
+    if metric not in part.scores:
+        raise ServiceUnavailable(f"the endpoint gives no {metric}", field=FIELD)
+    scores = read_scores(part.scores[metric])
+    if part.scores[metric].values is None or question.positions is None:
+        return scores
+    rows = list(question.positions) if asked is None else slice(len(question))  # those come first among the asked
+    return ItemScores(scores.values[rows], None if scores.weights is None else scores.weights[rows])
 
 
 def _check_part(part: PartView, items: int) -> None:
@@ -143,9 +182,3 @@ def _check_part(part: PartView, items: int) -> None:
                 raise ServiceUnavailable(
                     f"the endpoint has {len(numbers)} scores of {metric}, not {items}", field=FIELD
                 )
-
-
-def _scores_of(part: PartView, metric: str) -> ItemScores:
-    if metric not in part.scores:
-        raise ServiceUnavailable(f"the endpoint gives no {metric}", field=FIELD)
-    return read_scores(part.scores[metric])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from optimizer.ports import Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import JobSpec
 from workers.checkpoints import Checkpoint
-from workers.measuring import Measure, Score, check_data, measures_of, take
+from workers.evaluators.base import Evaluator
+from workers.measuring import E, Measure, Score, check_data, measures_of, take
 from workers.prepare import make_test_evaluators
 from workers.roots import Roots
 from workers.services.sharing import Services
@@ -33,14 +35,16 @@ class Found:
     lost_to: int = 0
 
 
-def measure(task: Task, searched: Sequence[Measure], tested: Callable[[], Sequence[Measure]], score: Score) -> Found:
+def measure(
+    task: Task, searched: Sequence[Measure[E]], tested: Callable[[], Sequence[Measure[E]]], score: Score[E]
+) -> Found:
     """Do what a task asks.
 
     Args:
         task: the candidate's.
         searched: measures over the search's items.
         tested: makes those over the test items.
-        score: runs the evaluator of a measure on the candidate.
+        score: scores the candidate by several measures.
     """
     if task.race is not None and task.places is not None:
         return _race(task.race, task.places, searched, score)
@@ -72,14 +76,14 @@ def result_of(
     )
 
 
-class Later:
+class Later(Generic[E]):
     """Measures that are made when they are first asked for: only the end of a search needs test items."""
 
-    def __init__(self, make: Callable[[], Sequence[Measure]]) -> None:
+    def __init__(self, make: Callable[[], Sequence[Measure[E]]]) -> None:
         self._make = make
-        self._made: Sequence[Measure] | None = None
+        self._made: Sequence[Measure[E]] | None = None
 
-    def __call__(self) -> Sequence[Measure]:
+    def __call__(self) -> Sequence[Measure[E]]:
         """Return them."""
         if self._made is None:
             self._made = self._make()
@@ -92,14 +96,14 @@ def unseen_measures(
     roots: Roots,
     checkpoints: Mapping[str, Checkpoint],
     services: Services | None = None,
-) -> list[Measure]:
+) -> list[Measure[Evaluator]]:
     """Make the measures over test items; raises `InputsChanged` where these are not those that the job began with."""
     evaluators = make_test_evaluators(spec, roots, checkpoints, services)
     check_data([problem.objectives[number].test_items for number in evaluators], evaluators.values())
     return measures_of(spec, problem, evaluators, "test")
 
 
-def _race(terms: Terms, places: Mapping[str, Places], measures: Sequence[Measure], score: Score) -> Found:
+def _race(terms: Terms, places: Mapping[str, Places], measures: Sequence[Measure[E]], score: Score[E]) -> Found:
     """Measure on more and more items, until the candidate has lost or all are measured."""
     race = terms.race()
     orders = {name: measure.order for measure in measures for name, _ in measure.objectives}

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,15 +29,35 @@ from optimizer.fitness.subset import item_order
 from optimizer.ports import Failure, Result, Task
 from optimizer.problem import Problem, ResolvedObjective
 from optimizer.spec import JobSpec
-from workers.evaluators.base import Evaluator, Scores
+from workers.evaluators.base import Scores
 from workers.services.meter import Meter
 
 _MOST_PARTS = 64
 _NONE: Places = np.empty(0, dtype=np.int64)
 
 
+class Items(Protocol):
+    """Items that candidates can be measured on: an evaluator's, or those of somebody who is asked."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over them."""
+        ...
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def subset(self, items: Sequence[int]) -> Self:
+        """Return some of them, in this order."""
+        ...
+
+
+E = TypeVar("E", bound=Items)
+
+
 @dataclass(frozen=True)
-class Measure:
+class Measure(Generic[E]):
     """An evaluator that runs once for all objectives that read the same items through the same head.
 
     Attributes:
@@ -47,15 +67,15 @@ class Measure:
         whole: whether a metric is asked for that only all items together have.
     """
 
-    evaluator: Evaluator
+    evaluator: E
     head: str | None
     objectives: tuple[tuple[str, str], ...]
     axis: bool
     order: NDArray[np.int64]
     whole: bool
-    parts: dict[bytes, Evaluator] = field(default_factory=dict)
+    parts: dict[bytes, E] = field(default_factory=dict)
 
-    def on(self, items: int | None) -> Evaluator:
+    def on(self, items: int | None) -> E:
         """The evaluator on the first ``items`` of the fixed order; all of them, as they come, where there are no more."""
         return self.at(self.first(items))
 
@@ -69,7 +89,7 @@ class Measure:
         found = wanted[0] if same else np.unique(np.concatenate(wanted))
         return None if self.whole and len(found) else found
 
-    def at(self, places: Places | None) -> Evaluator:
+    def at(self, places: Places | None) -> E:
         """The evaluator on some of its items; on all, as they come, with None."""
         if places is None or np.array_equal(places, np.arange(len(self.evaluator))):
             return self.evaluator
@@ -81,13 +101,23 @@ class Measure:
         return self.parts[key]
 
 
-Score = Callable[[Measure, Evaluator], Scores]
-"""Runs the evaluator of a measure on the candidate."""
+Score = Callable[[Sequence[tuple[Measure[E], E]]], Sequence[Scores]]
+"""Scores the candidate by several measures at once, each on its items or some of them."""
+
+
+def one_by_one(score: Callable[[Measure[E], E], Scores]) -> Score[E]:
+    """Return what scores the candidate by one measure after the other."""
+    return lambda wanted: [score(measure, items) for measure, items in wanted]
+
+
+def items_fields(data: Literal["data", "test"]) -> set[str]:
+    """The fields of an objective that say what is measured on which items, whatever the metric."""
+    return {"evaluator", "options", "head", data, "set" if data == "data" else "test_set"}
 
 
 def measures_of(
-    spec: JobSpec, problem: Problem, evaluators: Mapping[int, Evaluator], data: Literal["data", "test"] = "data"
-) -> list[Measure]:
+    spec: JobSpec, problem: Problem, evaluators: Mapping[int, E], data: Literal["data", "test"] = "data"
+) -> list[Measure[E]]:
     """Group objectives that differ only in metric and use, so that each forward pass is done once.
 
     Args:
@@ -99,7 +129,7 @@ def measures_of(
     groups: dict[str, list[int]] = defaultdict(list)
     for number in evaluators:
         objective = spec.objectives[number]
-        same: dict[str, Any] = objective.model_dump(mode="json", include={"evaluator", "options", data, "head"})
+        same: dict[str, Any] = objective.model_dump(mode="json", include=items_fields(data))
         groups[repr(same)].append(number)
     return [
         Measure(
@@ -115,27 +145,29 @@ def measures_of(
 
 
 def take(
-    measures: Sequence[Measure], items: int | None, score: Score, places: Mapping[str, Places] | None = None
+    measures: Sequence[Measure[E]], items: int | None, score: Score[E], places: Mapping[str, Places] | None = None
 ) -> tuple[dict[str, ItemScores], Cost]:
     """Take all measures of a candidate.
 
     Args:
         measures: of the job.
         items: how many items; None for all.
-        score: runs the evaluator of a measure.
+        score: scores it by the measures that are needed.
         places: by objective which items, in this order, whatever ``items`` says; what is left out is not measured.
 
     Returns:
         The per-item scores by objective, and what they cost together.
     """
-    scores: dict[str, ItemScores] = {}
-    cost = FREE
+    asked = []
     for measure in measures:
         wanted = {name: places.get(name, _NONE) for name, _ in measure.objectives} if places is not None else None
         at = measure.first(items) if wanted is None else measure.together(list(wanted.values()))
-        if at is not None and not len(at):
-            continue
-        found = score(measure, measure.at(at))
+        if at is None or len(at):
+            asked.append((measure, at, wanted))
+    scores: dict[str, ItemScores] = {}
+    cost = FREE
+    answers = score([(measure, measure.at(at)) for measure, at, _ in asked]) if asked else []
+    for (measure, at, wanted), found in zip(asked, answers, strict=True):
         cost += found.cost
         places_of = np.arange(len(measure.evaluator)) if at is None else at
         for name, metric in measure.objectives:
@@ -152,7 +184,7 @@ def _of(scores: ItemScores, places: Places, wanted: Places) -> ItemScores:
     return found
 
 
-def check_data(objectives: Sequence[ResolvedObjective], evaluators: Iterable[Evaluator]) -> None:
+def check_data(objectives: Sequence[ResolvedObjective], evaluators: Iterable[Items]) -> None:
     """Raise `InputsChanged` if this node has other data under the job's paths than the job began with."""
     for objective, evaluator in zip(objectives, evaluators, strict=True):
         if evaluator.digest != objective.data_digest:

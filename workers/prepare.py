@@ -52,7 +52,6 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     if spec.parameters:
         return _prepare_parameters(spec, roots)
     if spec.base is None:
-        _check_no_tests(spec)
         return prepare_endpoint(spec, roots)
     operator = _operator(spec)
     checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
@@ -95,16 +94,6 @@ def prepare(spec: JobSpec, roots: Roots, digest: Callable[[Checkpoint], str] = l
     if digest is not quick_digest and spec.fitness.cache:
         identified = _identified(spec, problem, evaluators, tests, checkpoints)
     return problem.model_copy(update={"phases": phases, "grams": grams, "objectives": identified})
-
-
-def _check_no_tests(spec: JobSpec) -> None:
-    for number, objective in enumerate(spec.objectives):
-        if objective.test is not None:
-            raise InvalidInput(
-                "the models of an endpoint are not measured on test items",
-                field=f"objectives.{number}.test",
-                remedy="leave it out; measure what you choose in a job of its own",
-            )
 
 
 def quick_digest(_: Checkpoint) -> str:

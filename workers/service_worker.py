@@ -13,7 +13,7 @@ from optimizer.spec import JobSpec
 from workers.evaluation import Later, measure, result_of, unseen_measures
 from workers.evaluators.base import Evaluator, Scores
 from workers.evaluators.service import ServiceEvaluator
-from workers.measuring import Measure, attempt, check_data, measures_of, timed
+from workers.measuring import Measure, attempt, check_data, measures_of, one_by_one, timed
 from workers.merging.cache import Cache
 from workers.prepare import make_evaluators
 from workers.roots import Roots
@@ -46,11 +46,11 @@ class ServiceWorker:
     def _evaluate(self, task: Task, cancelled: Callable[[], bool], seconds: dict[str, float]) -> Result:
         recipe = Recipe.parse(task.recipe)
 
-        def score(_: Measure, evaluator: Evaluator) -> Scores:
+        def score(_: Measure[Evaluator], evaluator: Evaluator) -> Scores:
             if not isinstance(evaluator, ServiceEvaluator):
                 raise InvalidInput(f"{evaluator.name} looks at a model, and there is none", field="evaluator")
             return evaluator.score(recipe, cancelled)
 
         with timed(seconds, "evaluate"):
-            found = measure(task, self._measures, self._tests, score)
+            found = measure(task, self._measures, self._tests, one_by_one(score))
         return result_of(task, found, self._name, seconds)

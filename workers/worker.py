@@ -22,7 +22,7 @@ from workers.checkpoints import Checkpoint, open_checkpoints
 from workers.evaluation import Later, measure, result_of, unseen_measures
 from workers.evaluators.base import Evaluator, Scores
 from workers.evaluators.service import ServiceEvaluator
-from workers.measuring import Measure, attempt, check_data, measures_of, timed
+from workers.measuring import Measure, attempt, check_data, measures_of, one_by_one, timed
 from workers.merging.cache import Cache
 from workers.merging.calibration import Calibrations, check_items, load_items
 from workers.merging.engine import MergeEngine
@@ -87,13 +87,13 @@ class EvaluationWorker:
         with timed(seconds, "merge"):
             self._models.apply(recipe)
 
-        def score(taken: Measure, evaluator: Evaluator) -> Scores:
+        def score(taken: Measure[Evaluator], evaluator: Evaluator) -> Scores:
             if isinstance(evaluator, ServiceEvaluator):
                 return evaluator.score(recipe, cancelled)
             return evaluator.evaluate(self._models.model(taken.head, evaluator.auto_class), cancelled)
 
         with timed(seconds, "evaluate"):
-            found = measure(task, self._measures, self._tests, score)
+            found = measure(task, self._measures, self._tests, one_by_one(score))
         slopes = None
         if task.slopes:
             with timed(seconds, "slopes"):
@@ -122,7 +122,7 @@ class EvaluationWorker:
         return out if out is not None and np.isfinite(out).all() else None
 
 
-def _provide(references: References, measures: list[Measure]) -> list[Measure]:
+def _provide(references: References, measures: list[Measure[Evaluator]]) -> list[Measure[Evaluator]]:
     """The measures, those against experts with what these say."""
     for taken in measures:
         references.provide(taken.evaluator, taken.head)

@@ -26,7 +26,7 @@ class Interval:
         value: the mean over the items.
         low: lower end.
         high: upper end.
-        items: number of items.
+        items: number of items; 1 where one number stands for all, of which no error can be told.
     """
 
     value: float
@@ -103,6 +103,8 @@ def overfitted(search: Interval, test: Interval, direction: Direction) -> bool:
     The rule: the interval on the test items lies entirely on the worse side of the interval on the search items. Two 95 %
     intervals that do not touch differ beyond chance (at about 0.5 % where they are equally wide). What remains is that the
     search has fitted its items, or that the test items are harder: candidates that no search chose, such as the experts,
-    tell the two apart.
+    tell the two apart. A single number has no interval, so nothing is beyond chance.
     """
+    if min(search.items, test.items) < 2:
+        return False
     return test.low > search.high if direction == "minimise" else test.high < search.low

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from optimizer.algorithms.base import parse_options
-from optimizer.errors import InvalidInput, NotOffered, below
+from optimizer.errors import InvalidData, InvalidInput, NotOffered, below
 from optimizer.geometry import Cuts
 from optimizer.phases import plan
-from optimizer.problem import Finding, Grams, OperatorInfo, PlannedPhase, Problem, ResolvedObjective
+from optimizer.problem import Finding, Grams, OperatorInfo, PlannedPhase, Problem, ResolvedObjective, TestItems
 from optimizer.recipe import ModelId
 from optimizer.space import make_space, named_operators
-from optimizer.spec import JobSpec, MergeSpec, ModelRef
+from optimizer.spec import JobSpec, MergeSpec, ModelRef, Objective
 from workers.endpoint.client import FIELD, EndpointClient
 from workers.endpoint.protocol import RepositoryView, SetView
-from workers.endpoint.questions import Question, own_set, questions_of, upload
+from workers.endpoint.questions import SPLITS, Question, own_set, questions_of, upload
+from workers.evaluators.base import EVALUATORS
 from workers.merging.nodes import check_nodes
 from workers.roots import Roots
+from workers.splits import Splits, check_disjoint
 
 
 def prepare_endpoint(spec: JobSpec, roots: Roots) -> Problem:
@@ -36,27 +40,18 @@ def prepare_endpoint(spec: JobSpec, roots: Roots) -> Problem:
 def _prepared(spec: JobSpec, client: EndpointClient, view: RepositoryView, roots: Roots) -> Problem:
     _check_merge(spec.merge, view)
     _check_workers(spec, view)
-    if spec.fitness.racing.enabled:
-        raise InvalidInput(
-            "an endpoint is asked for all items at once, so no evaluation can be stopped in between",
-            field="fitness.racing.enabled",
-            remedy="leave it out",
-        )
-    if spec.fitness.estimation.method != "none":
-        raise InvalidInput(
-            "what an endpoint tells is not estimated from: it may round, or tell no item's score",
-            field="fitness.estimation.method",
-            remedy="leave it out, or give objectives a `limit`",
-        )
+    if view.scoring.scores == "aggregate":
+        _check_fitness(spec)
     operators = {info.name: info for info in view.operators}
-    questions = questions_of(spec, view, roots)
+    questions, tests = (questions_of(spec, view, roots, split) for split in SPLITS)
+    _check_splits(spec, questions, tests)
     problem = Problem(
         models={model.name: ModelId(ref=ModelRef(path=model.name), digest=model.id) for model in view.models},
         layout=view.layout,
         operator=_offered(spec.merge.operator, operators, "merge.operator"),
         operators={name: _offered(name, operators, "merge.space.options") for name, _ in named_operators(spec)},
-        objectives=_resolved(spec, client, view, questions),
-        findings=_findings(view),
+        objectives=_resolved(spec, client, view, questions, tests),
+        findings=_findings(view, tests),
         alone=view.rules.max_share >= 1,
     )
     space = make_space(spec, problem)
@@ -91,6 +86,42 @@ def _check_merge(merge: MergeSpec, view: RepositoryView) -> None:
         )
 
 
+def _check_fitness(spec: JobSpec) -> None:
+    """Refuse what needs the score of every item."""
+    wanted = {
+        "racing.enabled": spec.fitness.racing.enabled,
+        "estimation.method": spec.fitness.estimation.method != "none",
+    }
+    for field, given in wanted.items():
+        if given:
+            raise InvalidInput(
+                "it compares candidates item by item, and the owner gives out means only",
+                field=f"fitness.{field}",
+                remedy="leave it out, or give objectives a `limit`",
+            )
+
+
+def _check_splits(spec: JobSpec, questions: Mapping[int, Question], tests: Mapping[int, Question]) -> None:
+    """Raise `InvalidData` where test items are the search's, as far as the client can see."""
+    for number, test in tests.items():
+        for other, question in questions.items():
+            if test.digest == question.digest:
+                raise InvalidData(
+                    f"these are the search items of objective {spec.objectives[other].name!r}",
+                    field=f"objectives.{number}.{'test_set' if test.own else 'test'}",
+                    remedy="name other items",
+                )
+    check_disjoint(
+        [
+            Splits(objective.name, question.rows, test.rows if test else None, roles)
+            for number, objective in enumerate(spec.objectives)
+            if (question := questions[number]).rows is not None
+            for test in (tests.get(number),)
+            for roles in (tuple(EVALUATORS.find(objective.evaluator, f"objectives.{number}.evaluator").columns),)
+        ]
+    )
+
+
 def _check_workers(spec: JobSpec, view: RepositoryView) -> None:
     most = min(view.limits.in_flight, view.limits.sessions)
     if spec.workers.count > most:
@@ -110,56 +141,73 @@ def _offered(name: str, operators: dict[str, OperatorInfo], field: str) -> Opera
 
 
 def _resolved(
-    spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: list[Question]
+    spec: JobSpec,
+    client: EndpointClient,
+    view: RepositoryView,
+    questions: Mapping[int, Question],
+    tests: Mapping[int, Question],
 ) -> list[ResolvedObjective]:
-    found = _sets(spec, client, view, questions)
-    out = []
-    for number, objective in enumerate(spec.objectives):
-        question = next(part for part in questions if number in part.numbers)
-        measured = found[questions.index(question)]
-        metrics = measured.metrics
-        metric = objective.metric if objective.metric is not None else next(iter(metrics))
-        if metric not in metrics:
-            raise InvalidInput(
-                f"{objective.evaluator} has no metric {metric!r}",
-                field=f"objectives.{number}.metric",
-                remedy=f"use one of: {', '.join(metrics)}",
-            )
-        bounds = objective.constraint
-        out.append(
-            ResolvedObjective(
-                name=objective.name,
-                metric=metric,
-                direction=objective.direction or metrics[metric],
-                use=objective.use,
-                weight=objective.weight,
-                at_least=bounds.at_least if bounds else None,
-                at_most=bounds.at_most if bounds else None,
-                items=question.count,
-                data_digest=question.digest,
-                whole=metric in measured.whole_only,
-            )
+    found = _sets(spec, client, view, [*questions.values(), *tests.values()])
+    return [
+        _objective(number, objective, found[id(questions[number])], questions[number], tests.get(number), view)
+        for number, objective in enumerate(spec.objectives)
+    ]
+
+
+def _objective(
+    number: int,
+    objective: Objective,
+    measured: SetView,
+    question: Question,
+    test: Question | None,
+    view: RepositoryView,
+) -> ResolvedObjective:
+    metrics = measured.metrics
+    metric = objective.metric if objective.metric is not None else next(iter(metrics))
+    if metric not in metrics:
+        raise InvalidInput(
+            f"{objective.evaluator} has no metric {metric!r}",
+            field=f"objectives.{number}.metric",
+            remedy=f"use one of: {', '.join(metrics)}",
         )
+    bounds = objective.constraint
+    return ResolvedObjective(
+        name=objective.name,
+        metric=metric,
+        direction=objective.direction or metrics[metric],
+        use=objective.use,
+        weight=objective.weight,
+        at_least=bounds.at_least if bounds else None,
+        at_most=bounds.at_most if bounds else None,
+        items=question.count,
+        data_digest=question.digest,
+        whole=metric in measured.whole_only,
+        means_only=view.scoring.scores == "aggregate",
+        test=None if test is None else TestItems(items=test.count, data_digest=test.digest),
+    )
+
+
+def _sets(
+    spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: Sequence[Question]
+) -> dict[int, SetView]:
+    """What the server makes of each question's items, by the question's `id`."""
+    session: str | None = None
+    out: dict[int, SetView] = {}
+    try:
+        for question in questions:
+            if question.own is not None:
+                objective = spec.objectives[int(question.field.rpartition(".")[2])]
+                out[id(question)] = own_set(objective, question.field, view, question.split)
+            elif id(question) not in out:
+                session = session or client.open_session().id
+                out[id(question)] = upload(client, session, question)
+    finally:
+        if session is not None:
+            client.close_session(session)
     return out
 
 
-def _sets(spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: list[Question]) -> list[SetView]:
-    """What the server makes of each question's items."""
-    if all(question.upload is None for question in questions):
-        return [own_set(spec.objectives[part.numbers[0]], part.numbers[0], view) for part in questions]
-    session = client.open_session().id
-    try:
-        return [
-            upload(client, session, part)
-            if part.upload is not None
-            else own_set(spec.objectives[part.numbers[0]], part.numbers[0], view)
-            for part in questions
-        ]
-    finally:
-        client.close_session(session)
-
-
-def _findings(view: RepositoryView) -> list[Finding]:
+def _findings(view: RepositoryView, tests: Mapping[int, Question]) -> list[Finding]:
     out = []
     if view.rules.max_share < 1:
         out.append(
@@ -169,7 +217,11 @@ def _findings(view: RepositoryView) -> list[Finding]:
         out.append(f"scores are rounded to {view.scoring.decimals} decimals")
     if view.scoring.scores == "aggregate":
         out.append("scores are means over the items; there is none for a single item")
-    return [Finding(severity="info", model="base", message=f"the owner says: {text}") for text in out]
+    found = [Finding(severity="info", model="base", message=f"the owner says: {text}") for text in out]
+    if any(question.own is not None for question in tests.values()):
+        text = "whether items of the owner's sets are in the search and in the test, only the owner can tell"
+        found.append(Finding(severity="info", model="base", message=text))
+    return found
 
 
 def _check_phases(phases: list[PlannedPhase], view: RepositoryView) -> None:

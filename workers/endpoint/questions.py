@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.errors import InvalidData, InvalidInput, NotOffered
-from optimizer.fitness.subset import item_order
 from optimizer.spec import JobSpec, Objective
 from workers.data import Rows, is_text, load_rows
 from workers.endpoint.client import EndpointClient
 from workers.endpoint.protocol import RepositoryView, SetUpload, SetView
 from workers.evaluators.base import EVALUATORS
+from workers.measuring import items_fields
 from workers.roots import Roots
 
 _OF_ROWS = ("rows", "set.columns")  # what the server calls the items, in errors
+
+
+Split = Literal["data", "test"]
+SPLITS: tuple[Split, Split] = ("data", "test")
 
 
 @dataclass(frozen=True)
@@ -27,39 +31,57 @@ class Question:
     """Items that a candidate is evaluated on, for one or several objectives.
 
     Attributes:
-        numbers: of the objectives in the job.
+        field: dotted path of the first objective that asks: ``objectives.0``.
+        split: whether they are the search's or test items.
         own: name of the owner's set, or None.
-        upload: what is uploaded, or None.
+        rows: what is uploaded, or None.
+        upload: these as they are sent, or None.
         digest: SHA-256 over the local items, or the owner's set's.
-        count: number of items.
-        order: in which evaluations on some of the items take them.
+        count: number of items of the set.
+        positions: which of them are asked for; None for all.
     """
 
-    numbers: tuple[int, ...]
+    field: str
+    split: Split
     own: str | None
+    rows: Rows | None
     upload: SetUpload | None
     digest: str
     count: int
-    order: NDArray[np.int64]
+    positions: tuple[int, ...] | None = None
 
-    def positions(self, items: int | None, fewest: int) -> list[int] | None:
-        """Return which items are asked for where so many are wanted; the owner may want more, and None means all."""
-        if items is None or max(items, fewest) >= self.count:
+    def __len__(self) -> int:
+        return self.count if self.positions is None else len(self.positions)
+
+    def subset(self, items: Sequence[int]) -> Question:
+        """Return the question about some of the items."""
+        known = range(self.count) if self.positions is None else self.positions
+        return replace(self, positions=tuple(known[item] for item in items))
+
+    def asked(self, order: NDArray[np.int64], fewest: int) -> list[int] | None:
+        """Return which items to ask for: as many as the owner wants at least, further ones by ``order``; None for all."""
+        if self.positions is None or max(len(self.positions), fewest) >= self.count:
             return None
-        return [int(position) for position in self.order[: max(items, fewest)]]
+        more = (int(item) for item in order if item not in set(self.positions))
+        return [*self.positions, *islice(more, max(0, fewest - len(self.positions)))]
 
 
-def questions_of(spec: JobSpec, view: RepositoryView, roots: Roots) -> list[Question]:
-    """Read the data of all objectives; those that differ in the metric only share a question.
+def questions_of(spec: JobSpec, view: RepositoryView, roots: Roots, split: Split = "data") -> dict[int, Question]:
+    """Read the items of all objectives that have any, by number; those that differ in the metric only share a question.
 
     Raises:
         InvalidInput, InvalidData: the data cannot be read or sent, or the owner has no such set; names the field.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
+    found: dict[str, Question] = {}
+    out = {}
     for number, objective in enumerate(spec.objectives):
-        same = objective.model_dump(mode="json", include={"evaluator", "options", "data", "head", "set"})
-        groups[repr(same)].append(number)
-    return [_question(spec, numbers, view, roots) for numbers in groups.values()]
+        if split == "test" and objective.test is None and objective.test_set is None:
+            continue
+        key = repr(objective.model_dump(mode="json", include=items_fields(split)))
+        if key not in found:
+            found[key] = _question(objective, number, view, roots, split)
+        out[number] = found[key]
+    return out
 
 
 def upload(client: EndpointClient, session: str, question: Question) -> SetView:
@@ -68,22 +90,27 @@ def upload(client: EndpointClient, session: str, question: Question) -> SetView:
     try:
         return client.upload(session, question.upload)
     except InvalidInput as error:
-        where = f"objectives.{question.numbers[0]}"
+        where, split = question.field, question.split
         field = str(error.field or "").removeprefix("set.")
         data = any(str(error.field or "").startswith(name) for name in _OF_ROWS)
-        path = f"{where}.data.{field}" if data and field != "rows" else f"{where}.data" if data else f"{where}.{field}"
+        path = (
+            f"{where}.{split}.{field}"
+            if data and field != "rows"
+            else f"{where}.{split}"
+            if data
+            else f"{where}.{field}"
+        )
         raise type(error)(error.message, field=path.rstrip("."), remedy=error.remedy) from error
 
 
-def own_set(objective: Objective, number: int, view: RepositoryView) -> SetView:
+def own_set(objective: Objective, field: str, view: RepositoryView, split: Split = "data") -> SetView:
     """Return the owner's set that an objective names; raises `InvalidInput`."""
-    found = {known.name: known for known in view.sets}.get(str(objective.set))
-    field = f"objectives.{number}"
+    which = "set" if split == "data" else "test_set"
+    name = getattr(objective, which)
+    found = {known.name: known for known in view.sets}.get(str(name))
     if found is None:
         names = ", ".join(known.name for known in view.sets) or "none"
-        raise InvalidInput(
-            f"the owner has no set {objective.set!r}", field=f"{field}.set", remedy=f"its sets are: {names}"
-        )
+        raise InvalidInput(f"the owner has no set {name!r}", field=f"{field}.{which}", remedy=f"its sets are: {names}")
     if found.evaluator != objective.evaluator:
         raise InvalidInput(
             f"the owner measures {found.name!r} by {found.evaluator}",
@@ -98,15 +125,16 @@ def own_set(objective: Objective, number: int, view: RepositoryView) -> SetView:
     return found
 
 
-def _question(spec: JobSpec, numbers: list[int], view: RepositoryView, roots: Roots) -> Question:
-    objective, field = spec.objectives[numbers[0]], f"objectives.{numbers[0]}"
-    if objective.set is not None:
-        found = own_set(objective, numbers[0], view)
-        return Question(tuple(numbers), found.name, None, found.digest, found.items, item_order(spec.seed, found.items))
-    if objective.data is None:
+def _question(objective: Objective, number: int, view: RepositoryView, roots: Roots, split: Split) -> Question:
+    field = f"objectives.{number}"
+    if (objective.set if split == "data" else objective.test_set) is not None:
+        found = own_set(objective, field, view, split)
+        return Question(field, split, found.name, None, None, found.digest, found.items)
+    data = objective.data if split == "data" else objective.test
+    if data is None:
         raise InvalidInput("there is nothing to measure on", field=f"{field}.data", remedy="name a file, or a `set`")
-    _check_uploads(objective, field, view)
-    rows = load_rows(objective.data, roots.path(objective.data.path, f"{field}.data.path"), f"{field}.data")
+    _check_uploads(objective, field, view, split)
+    rows = load_rows(data, roots.path(data.path, f"{field}.{split}.path"), f"{field}.{split}")
     made = SetUpload(
         evaluator=objective.evaluator,
         options=objective.options,
@@ -114,13 +142,15 @@ def _question(spec: JobSpec, numbers: list[int], view: RepositoryView, roots: Ro
         head=objective.head,
         rows=_sent(objective, rows),
     )
-    return Question(tuple(numbers), None, made, rows.digest, len(rows), item_order(spec.seed, len(rows)))
+    return Question(field, split, None, rows, made, rows.digest, len(rows))
 
 
-def _check_uploads(objective: Objective, field: str, view: RepositoryView) -> None:
+def _check_uploads(objective: Objective, field: str, view: RepositoryView, split: Split) -> None:
     if view.uploads is None:
         raise NotOffered(
-            "the owner takes no query sets", field=f"{field}.data", remedy="name one of the owner's sets with `set`"
+            "the owner takes no query sets",
+            field=f"{field}.{split}",
+            remedy=f"name one of the owner's sets with `{'set' if split == 'data' else 'test_set'}`",
         )
     names = [found.name for found in view.uploads.evaluators]
     if objective.evaluator not in names:

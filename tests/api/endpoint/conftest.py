@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import socket
 import threading
 import time
@@ -27,11 +28,16 @@ from api.server import make_server
 from api.settings import Settings
 from optimizer.recipe import Leaf, Merge, ModelId, Recipe, Selector
 from optimizer.spec import ModelRef
+from tests.api.endpoint.jobs import SECRET, Client, allowing
 from tests.workers.adapter_models import make_adapter, silence
 from tests.workers.models import WORDS, tiny_bert
+from workers.endpoint.client import LIMITS
 from workers.endpoint.protocol import RepositoryView
 from workers.evaluators.base import Cancelled, Scores
+from workers.policy import SECRET_PREFIX
+from workers.roots import Roots
 
+QUICK = LIMITS.model_copy(update={"attempts": 4, "backoff_s": 0.05, "longest_wait_s": 2.0})
 ADAPTERS = 4
 ITEMS = 40
 LABELS = 3
@@ -145,6 +151,36 @@ def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults are repeated soon."""
+    monkeypatch.setattr("workers.endpoint.client.LIMITS", QUICK)
+
+
+@pytest.fixture
+def data(models: Path, tmp_path: Path) -> Path:
+    """The client's directory: its items, and no models."""
+    root = tmp_path / "client"
+    root.mkdir()
+    shutil.copy(models / "query.jsonl", root)
+    return root
+
+
+@pytest.fixture
+def roots(endpoint: Endpoint, data: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    """The client's roots and policy, with the token as a secret."""
+    use(monkeypatch, endpoint.token)
+    return Roots([data], allowing(port_of(endpoint.url)))
+
+
+@pytest.fixture
+def searcher(endpoint: Endpoint, roots: Roots, data: Path, sqlite_url: str) -> Iterator[Client]:
+    """Who searches, without a model on its side."""
+    client = Client(sqlite_url, data, roots.policy)
+    yield client
+    client.close()
+
+
+@pytest.fixture
 def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
     """A plain HTTP client with a token."""
     with endpoint.http() as client:
@@ -173,6 +209,16 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(Scorer, "score", held)
     yield event
     event.set()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """Give the client a token."""
+    monkeypatch.setenv(f"{SECRET_PREFIX}{SECRET.upper()}", token)
+
+
+def port_of(url: str) -> int:
+    """The port of a URL."""
+    return int(url.rpartition(":")[2])
 
 
 def open_session(http: httpx.Client) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +15,21 @@ from optimizer.errors import InputsChanged, InvalidInput, JobPaused, NotOffered,
 from optimizer.ports import Task
 from optimizer.space import make_space
 from optimizer.spec import EndpointSpec
-from tests.api.endpoint.conftest import ITEMS, Endpoint, make_rows, running
+from tests.api.endpoint.conftest import ITEMS, QUICK, Endpoint, make_rows, port_of, running, use
 from tests.api.endpoint.jobs import SECRET, Client, allowing, job, local
 from tests.service import free_port, until
 from tests.workers.services import server as bad
-from workers.endpoint.client import LIMITS, EndpointClient
+from workers.endpoint.client import EndpointClient
 from workers.endpoint_worker import EndpointWorker
 from workers.evaluators.base import Cancelled
-from workers.policy import SECRET_PREFIX
 from workers.prepare import prepare
 from workers.roots import Roots
 
-QUICK = LIMITS.model_copy(update={"attempts": 4, "backoff_s": 0.05, "longest_wait_s": 2.0})
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults are repeated soon."""
-    monkeypatch.setattr("workers.endpoint.client.LIMITS", QUICK)
-
-
-@pytest.fixture
-def data(models: Path, tmp_path: Path) -> Path:
-    """The client's directory: its items, and no models."""
-    root = tmp_path / "client"
-    root.mkdir()
-    shutil.copy(models / "query.jsonl", root)
-    return root
-
-
-def use(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
-    monkeypatch.setenv(f"{SECRET_PREFIX}{SECRET.upper()}", token)
-
-
-@pytest.fixture
-def roots(endpoint: Endpoint, data: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
-    """The client's roots and policy, with the token as a secret."""
-    use(monkeypatch, endpoint.token)
-    return Roots([data], allowing(port_of(endpoint.url)))
-
-
-def port_of(url: str) -> int:
-    return int(url.rpartition(":")[2])
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def sessions_of(endpoint: Endpoint) -> dict[str, Any]:
     return endpoint.desk._sessions._open
-
-
-@pytest.fixture
-def searcher(endpoint: Endpoint, roots: Roots, data: Path, sqlite_url: str) -> Iterator[Client]:
-    """Who searches, without a model on its side."""
-    client = Client(sqlite_url, data, roots.policy)
-    yield client
-    client.close()
 
 
 def test_evo_merging_finds_what_it_finds_locally_bit_for_bit(
@@ -265,13 +224,41 @@ def test_a_candidate_that_the_owner_refuses_fails_alone(
     assert all(round(row[8][0], 3) == pytest.approx(row[8][0], abs=1e-7) for row in rows if row[8])
 
 
+MEANS = {"scores": "aggregate"}
+
+
+def query(**changes: Any) -> dict[str, Any]:
+    """An objective on uploaded items."""
+    return {"name": "query", "evaluator": "text_classification", "data": {"path": "query.jsonl"}, **changes}
+
+
+def own(**changes: Any) -> dict[str, Any]:
+    """An objective on the owner's items."""
+    return {"name": "theirs", "evaluator": "text_classification", "set": "own", **changes}
+
+
 PREPARED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"merge": {"operator": "fisher"}}, "merge.operator", "not offer"),
     ({}, {"merge": {"operator": "lora_factors", "heads": []}}, "merge.heads", "owner"),
     ({}, {"merge": {"operator": "lora_factors", "vocabulary": "union"}}, "merge.vocabulary", "owner"),
     ({}, {"workers": {"count": 5}}, "workers.count", "at once"),
-    ({}, {"fitness": {"racing": {"enabled": True}}}, "fitness.racing.enabled", "stopped in between"),
-    ({}, {"fitness": {"estimation": {"method": "mean"}}}, "fitness.estimation.method", "not estimated from"),
+    (MEANS, {"fitness": {"racing": {"enabled": True}}}, "fitness.racing.enabled", "means only"),
+    (MEANS, {"fitness": {"estimation": {"method": "mean"}}}, "fitness.estimation.method", "means only"),
+    (
+        {},
+        {"objectives": [query(test={"path": "query.jsonl", "limit": 20})]},
+        "objectives.0.test",
+        "20 of 20 test items",
+    ),
+    (
+        {},
+        {"objectives": [query(test={"path": "query.jsonl"})]},
+        "objectives.0.test",
+        "search items of objective 'query'",
+    ),
+    ({}, {"objectives": [own(test_set="own")]}, "objectives.0.test_set", "search items of objective 'theirs'"),
+    ({}, {"objectives": [own(test_set="more")]}, "objectives.0.test_set", "has no set 'more'"),
+    ({}, {"objectives": [query(test={"path": "none.jsonl"})]}, "objectives.0.test.path", "none.jsonl"),
     ({}, {"objectives": [{"name": "x", "evaluator": "text_classification", "set": "no"}]}, "objectives.0.set", "own"),
     ({}, {"objectives": [{"name": "x", "evaluator": "causal_lm", "set": "own"}]}, "objectives.0.evaluator", "measures"),
     ({}, {"objectives": [{"name": "x", "evaluator": "causal_lm"}]}, "objectives.0.data", "nothing to measure"),
@@ -376,7 +363,7 @@ def test_only_what_the_evaluator_reads_is_sent(endpoint: Endpoint, roots: Roots,
     spec = job(endpoint.url, objectives=[objective])
     assert spec.endpoint is not None
     client = EndpointClient(spec.endpoint, roots.policy)
-    (question,) = questions_of(spec, client.repository(), roots)
+    question = questions_of(spec, client.repository(), roots)[0]
     client.close()
     assert question.upload is not None
     assert all(set(row) == {"text", "label"} for row in question.upload.rows)

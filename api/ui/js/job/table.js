@@ -145,7 +145,9 @@ const error = (found) => found && h("span", { class: "small muted", title: "An e
 /** Beneath a value: what it is on test items. */
 function tested({ name }, verification) {
   const found = verification?.test[name];
-  return found && h("span", { class: "small muted tested", title: `On test items, ${score(found.low)} to ${score(found.high)}` }, `test ${score(found.value)}`);
+  if (!found) return null;
+  const range = found.items < 2 ? "" : `, ${score(found.low)} to ${score(found.high)}`;
+  return h("span", { class: "small muted tested", title: `On test items${range}` }, `test ${score(found.value)}`);
 }
 
 function outcome(item) {

@@ -5,9 +5,10 @@ import { plural, score } from "../core/format.js";
 
 const OVERFITTED = "The interval on the test items lies entirely on the worse side of that on the search items: the search has fitted its items, or the test items are harder. Compare the baselines.";
 
-/** "0.71", with its 95 % interval beneath. */
+/** "0.71", with its 95 % interval beneath, which a mean over items that nobody saw one by one does not have. */
 export function interval(found) {
   if (!found) return h("span", { class: "muted" }, "–");
+  if (found.items < 2) return h("span", null, score(found.value));
   return [h("span", null, score(found.value)), h("span", { class: "small muted interval" }, `${score(found.low)} to ${score(found.high)}`)];
 }
 
