@@ -4,7 +4,9 @@ import { button, h, uid } from "./dom.js";
 
 /**
  * Open a dialog with a form and resolve to what `onSubmit` returns, or null when it is dismissed.
- * While `onSubmit` runs the submit button is busy; an error it throws shows in the dialog, which stays open.
+ * While `onSubmit` runs the submit button is busy; an error it throws shows in the dialog, which stays open, unless its
+ * message is empty because the fields say what is wrong.
+ * A dialog belongs to the page it was opened on, and goes when that is left, as with the browser's Back.
  */
 export function openDialog({ title, body, submit, dismiss = "Cancel", danger = false, onSubmit }) {
   return new Promise((resolve) => {
@@ -31,12 +33,15 @@ export function openDialog({ title, body, submit, dismiss = "Cancel", danger = f
         dialog.close();
       } catch (error) {
         message.textContent = [error.message, error.remedy].filter(Boolean).join(" ");
-        message.hidden = false;
+        message.hidden = message.textContent === "";
       } finally {
         confirm.removeAttribute("aria-busy");
       }
     });
+    const leave = () => dialog.close();
+    window.addEventListener("hashchange", leave);
     dialog.addEventListener("close", () => {
+      window.removeEventListener("hashchange", leave);
       dialog.remove();
       resolve(result);
     });

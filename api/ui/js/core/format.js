@@ -102,12 +102,15 @@ export function fraction(progress) {
   return progress.budget > 0 ? Math.min(1, (progress.completed + progress.failed) / progress.budget) : 0;
 }
 
-/** "language (loss, lower is better)". */
+/** How much of something there is, in whole numbers or with a few digits: "1,200", "0.0125". */
+export const amount = (value) => new Intl.NumberFormat("en", { maximumFractionDigits: Math.abs(value) < 1 ? 6 : 2 }).format(value);
+
 /** What evaluations cost: "1,200 items, 34,000 tokens", or "" for nothing. */
-export const costText = (cost) => Object.entries(cost ?? {}).map(([part, value]) => `${new Intl.NumberFormat("en", { maximumFractionDigits: 2 }).format(value)} ${part}`).join(", ");
+export const costText = (cost) => Object.entries(cost ?? {}).map(([part, value]) => `${amount(value)} ${part}`).join(", ");
 
 const USES = { constraint: "a constraint", report: "only reported" };
 
+/** "language (loss, lower is better)". */
 export function objectiveTitle(objective) {
   const better = objective.direction ? (objective.direction === "minimise" ? "lower is better" : "higher is better") : null;
   const parts = [objective.metric, better, USES[objective.use]].filter(Boolean);

@@ -2,10 +2,11 @@
 
 import { jobPath, post, remove } from "../core/api.js";
 import { confirmDialog, openDialog } from "../core/dialogs.js";
-import { button, h, replace, setText, uid } from "../core/dom.js";
-import { ago, costText, count, dateTime, duration, fraction, isOpen, jobState, label, objectiveTitle, score } from "../core/format.js";
+import { button, h, replace, setText } from "../core/dom.js";
+import { ago, amount, costText, count, dateTime, duration, fraction, isOpen, jobState, label, objectiveTitle, score } from "../core/format.js";
 import { act, copyText, toast } from "../core/notify.js";
 import { go } from "../core/router.js";
+import { frame } from "../form/frame.js";
 import { enqueueDialog } from "./enqueue.js";
 import { exportDialog } from "./exports.js";
 
@@ -86,19 +87,41 @@ const budgets = ({ spec, state }) => (state === "paused" ? ["requests", "tokens"
 
 /** Ask what a job may spend in all from now on, and resume it. */
 function budgetDialog(model) {
-  const inputs = budgets(model.job).map((name) => [name, h("input", { id: uid("budget"), type: "number", min: 0, step: "any", value: model.job.spec.budget[name] })]);
+  const fields = budgets(model.job).map((name) => budgetField(name, model.job));
   return openDialog({
     title: `Resume “${model.job.name}”`,
-    body: [
-      h("p", { class: "muted" }, `What it may spend in all. So far: ${costText(model.job.progress.cost) || "nothing"}.`),
-      ...inputs.map(([name, input]) => h("div", { class: "field" }, h("label", { for: input.id }, label(name)), input)),
-    ],
+    body: [h("p", { class: "muted" }, "What it may spend in all, before it pauses again."), ...fields.map((field) => field.node)],
     submit: "Resume",
     onSubmit: async () => {
-      const budget = Object.fromEntries(inputs.filter(([, input]) => input.value).map(([name, input]) => [name, Number(input.value)]));
+      const bad = fields.filter((field) => !field.check());
+      if (bad.length) {
+        bad[0].input.focus();
+        throw new Error(""); // the fields say what is wrong
+      }
+      const budget = Object.fromEntries(fields.map(({ name, input }) => [name, Number(input.value)]));
       model.setJob(await post(jobPath(model.id, "/resume"), { budget }));
     },
   });
+}
+
+/** A budget to give anew: { name, node, input, check }. A job that resumes with nothing left to spend would pause again at once. */
+function budgetField(name, { spec, progress }) {
+  const spent = progress.cost?.[name] ?? 0;
+  const input = h("input", { type: "number", min: 0, step: "any", value: spec.budget[name] });
+  const framed = frame({ text: label(name), required: true, target: input, help: `${amount(spent)} spent so far.` });
+  const check = () => {
+    framed.clear();
+    let problem = null;
+    if (input.validity.badInput) problem = "Enter a number.";
+    else if (input.value === "") problem = "This is needed.";
+    else if (!(Number(input.value) > spent)) problem = `Must be above the ${amount(spent)} spent so far.`;
+    if (problem) framed.fail(problem);
+    return !problem;
+  };
+  input.addEventListener("input", () => {
+    if (input.hasAttribute("aria-invalid")) check();
+  });
+  return { name, node: framed.node, input, check };
 }
 
 function showButtons(buttons, job) {

@@ -73,7 +73,7 @@ export async function newJobPage(page) {
   function complain(fields, rest, total, remedy) {
     replace(result, h("div", { class: "notice", "data-tone": "bad", role: "alert" },
       h("strong", null, `${plural(total, "problem")} to put right`),
-      fields.length > 0 && tabs.current() === "form" && h("span", null, "Each is shown beside its field."),
+      fields.length > 0 && tabs.current() === "form" && h("span", null, `${fields.length === 1 ? "It" : "Each"} is shown beside its field.`),
       rest.map(({ field, message }) => h("span", null, field && field !== "body" ? h("code", null, field) : null, field && field !== "body" ? ": " : null, message)),
       remedy && rest.length > 0 && h("span", { class: "muted" }, remedy)));
     focusOn(fields[0]);
