@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, expect, sync_playwright
 
 from tests.ui.service import Service, running_service
 
@@ -20,7 +20,18 @@ _FLAGS += ["--disable-background-networking", "--disable-component-update", "--d
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _WAIT_MS = 60_000
 
+_DESKTOP: dict[str, Any] = {"viewport": {"width": 1440, "height": 900}, "locale": "en-GB"}
+_FAILED = pytest.StashKey[bool]()
+
 StartService = Callable[..., Service]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note which tests failed: the pages that they used are in no known state."""
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,15 +54,32 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture
-def start_service(tmp_path: Path, sqlite_template: Path) -> Iterator[StartService]:
-    """A function that starts a service with the given options; all end with the test and share its database."""
-    with ExitStack() as stack:
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Iterator[Service]:
+    """A service whose controllers the tests bring, and which each leaves without jobs."""
+    root = tmp_path_factory.mktemp("ui")
+    shutil.copy(sqlite_template, root / "ui.db")
+    with running_service(root, work=False) as service:
+        yield service
 
-        def start(**options: Any) -> Service:
-            if not (tmp_path / "ui.db").exists():
-                shutil.copy(sqlite_template, tmp_path / "ui.db")
-            return stack.enter_context(running_service(tmp_path, **options))
+
+@pytest.fixture
+def start_service(house: Service, tmp_path: Path) -> Iterator[StartService]:
+    """A function that starts a service, which ends with the test.
+
+    All tests share one server and its database, since starting one and loading its UI anew take longer than most tests.
+    The function starts a controller for it, unless told ``work=False``. With settings of its own, a service is another
+    with its own database.
+    """
+    with ExitStack() as stack:
+        stack.callback(house.clear)
+
+        def start(*, work: bool = True, fail_every: int = 0, **settings: Any) -> Service:
+            if settings:
+                return stack.enter_context(running_service(tmp_path, **settings))
+            if work:
+                stack.enter_context(house.working(fail_every))
+            return house
 
         yield start
 
@@ -60,6 +88,26 @@ def start_service(tmp_path: Path, sqlite_template: Path) -> Iterator[StartServic
 def service(start_service: StartService) -> Service:
     """A service with a controller that waits for permits."""
     return start_service()
+
+
+class Desktop:
+    """The page that tests share one after the other, and with it what the browser has loaded and compiled."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self._page: Page | None = None
+
+    def page(self) -> Page:
+        """Return the page, a fresh one where a test has closed it."""
+        if self._page is None or self._page.is_closed():
+            self._page = self._browser.new_context(**_DESKTOP).new_page()
+        return self._page
+
+    def drop(self) -> None:
+        """Let the next test have a fresh page."""
+        if self._page is not None:
+            self._page.context.close()
+        self._page = None
 
 
 @dataclass
@@ -77,11 +125,18 @@ class Tab:
 
     def __post_init__(self) -> None:
         self.page.set_default_timeout(_WAIT_MS)
-        self.page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack}"))
-        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", self._note_error)
+        self.page.on("console", self._note_message)
+
+    def _note_error(self, error: Error) -> None:
+        self.errors.append(f"{error}\n{error.stack}")
+
+    def _note_message(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
 
     def open(self, url: str) -> Page:
-        """Go to an address of the UI and return the page once its program runs."""
+        """Go to an address of the UI and return the page once its program runs; another ``#`` loads nothing anew."""
         self.page.goto(url)
         for _ in range(3):
             if self.page.locator("#theme svg").count():
@@ -93,6 +148,15 @@ class Tab:
         """Fail if anything went wrong that was not expected."""
         patterns = re.compile("|".join(self.expected))
         assert [text for text in self.errors if not patterns.search(text)] == []
+
+    def leave(self) -> None:
+        """Go where nothing of the server is asked for, and listen no more."""
+        self.page.mouse.move(0, 0)
+        self.page.evaluate("location.hash = '#/nowhere'")
+        expect(self.page.get_by_role("heading", name="No such page")).to_be_visible()
+        self.page.evaluate("document.getElementById('toasts').replaceChildren()")
+        self.page.remove_listener("pageerror", self._note_error)
+        self.page.remove_listener("console", self._note_message)
 
     def front_points(self, count: int) -> None:
         """Wait until the front's plot draws this many evaluated candidates."""
@@ -115,8 +179,7 @@ def open_tab(browser: Browser) -> Iterator[OpenTab]:
     tabs: list[Tab] = []
 
     def open_one(**options: Any) -> Tab:
-        settings: dict[str, Any] = {"viewport": {"width": 1440, "height": 900}, "locale": "en-GB"}
-        tab = Tab(browser.new_context(**(settings | options)).new_page())
+        tab = Tab(browser.new_context(**(_DESKTOP | options)).new_page())
         tabs.append(tab)
         return tab
 
@@ -127,10 +190,25 @@ def open_tab(browser: Browser) -> Iterator[OpenTab]:
         tab.check()
 
 
+@pytest.fixture(scope="session")
+def desktop(browser: Browser) -> Desktop:
+    """What tests share a page by."""
+    return Desktop(browser)
+
+
 @pytest.fixture
-def tab(open_tab: OpenTab) -> Tab:
-    """A desktop page."""
-    return open_tab()
+def tab(desktop: Desktop, request: pytest.FixtureRequest) -> Iterator[Tab]:
+    """A desktop page, in which the UI may be loaded already.
+
+    Where storage, focus or what the browser shows first matter, take a fresh one by `open_tab`.
+    """
+    tab = Tab(desktop.page())
+    yield tab
+    if request.node.stash.get(_FAILED, False) or not tab.page.url.startswith("http"):
+        desktop.drop()
+    else:
+        tab.leave()
+    tab.check()
 
 
 @pytest.fixture

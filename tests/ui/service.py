@@ -24,14 +24,18 @@ from api.store.sql import SqlStore
 from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.fitness.aggregate import ItemScores
+from optimizer.fitness.cost import Cost
 from optimizer.geometry import make_layout
 from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Finding, Problem
 from optimizer.spec import JobSpec
 from tests.factories import make_problem, make_spec
+from tests.service import until
 
 ITEMS = 60
 LAYERS = 6
+COST = Cost(requests=1, tokens=250, money=0.02)
+"""Of each evaluation, as if a service had scored it."""
 _NAMES = ("attention.query.weight", "mlp.up_proj.weight")
 
 
@@ -119,10 +123,10 @@ class FormulaPool:
         if self._tasks.empty() or not self._permits.acquire(timeout=timeout_s):
             return []
         task = self._tasks.get()
-        seconds = {"merge": 0.02, "evaluate": 0.3}
+        made: dict[str, Any] = {"seconds": {"merge": 0.02, "evaluate": 0.3}, "worker": "formula", "cost": COST}
         if self._fail_every and task.index % self._fail_every == self._fail_every - 1:
             failure = Failure("infeasible", "loss is nan: 3 of 60 items have no finite score")
-            return [Result(task.index, failure=failure, seconds=seconds, worker="formula")]
+            return [Result(task.index, failure=failure, **made)]
         scores = score(self._problem, task.recipe, task.index)
         # On new items the losses are higher by as much as no chance explains.
         test = {name: ItemScores(scores[name].values[at] + 0.5) for name, at in task.test.items()}
@@ -130,7 +134,7 @@ class FormulaPool:
             scores = {name: ItemScores(scores[name].values[at]) for name, at in task.places.items() if len(at)}
         elif task.items is not None:
             scores = {name: ItemScores(found.values[: task.items]) for name, found in scores.items()}
-        return [Result(task.index, scores, seconds=seconds, worker="formula", test=test)]
+        return [Result(task.index, scores, test=test, **made)]
 
     def withdraw(self) -> list[int]:
         """A task that waits for its permit counts as begun."""
@@ -143,8 +147,8 @@ class FormulaPool:
 class FormulaPools:
     """Makes pools that share the test's permits."""
 
-    def __init__(self, fail_every: int) -> None:
-        self.permits = threading.Semaphore(0)
+    def __init__(self, permits: threading.Semaphore, fail_every: int) -> None:
+        self._permits = permits
         self._fail_every = fail_every
 
     def prepare(self, spec: JobSpec) -> Problem:
@@ -153,7 +157,7 @@ class FormulaPools:
 
     def open(self, spec: JobSpec, problem: Problem) -> EvaluationPool:
         """Return a pool."""
-        return FormulaPool(problem, self.permits, self._fail_every)
+        return FormulaPool(problem, self._permits, self._fail_every)
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -166,21 +170,33 @@ class Service:
         store: behind it.
         port: it listens on.
         url: of the UI.
-        allow: lets the controller do this many more evaluations.
     """
 
-    def __init__(self, store: SqlStore, settings: Settings, pools: FormulaPools, root: Path) -> None:
+    def __init__(self, store: SqlStore, settings: Settings, root: Path) -> None:
         self.store = store
         self.port = settings.port
         self.url = f"http://{settings.host}:{settings.port}/ui/"
-        self._pools = pools
         self._root = root
-        self._stop = threading.Event()
-        self._controller = Controller(store, pools, ControllerConfig("controller", poll_s=0.05))
+        self._permits = threading.Semaphore(0)
 
     def allow(self, evaluations: int) -> None:
         """Let the controller do this many more evaluations."""
-        self._pools.permits.release(evaluations)
+        self._permits.release(evaluations)
+
+    def evaluate(self, job: JobView, evaluations: int) -> None:
+        """Let the controller do this many more evaluations, and wait until the job has them."""
+        wanted = self._done(job) + evaluations
+        self.allow(evaluations)
+        until(f"{wanted} evaluations", lambda: self._done(job) >= wanted)
+
+    def finish(self, job: JobView) -> None:
+        """Let the controller do all evaluations that the job may have, and wait until it is completed."""
+        self.allow(job.progress.budget)
+        until("completed", lambda: self.store.get_job(job.id).state == "completed")
+
+    def _done(self, job: JobView) -> int:
+        progress = self.store.get_job(job.id).progress
+        return progress.completed + progress.failed
 
     @contextmanager
     def steady(self, every_s: float = 0.05) -> Iterator[None]:
@@ -198,32 +214,47 @@ class Service:
         finally:
             done.set()
             thread.join()
-            while self._pools.permits.acquire(blocking=False):
-                pass
+            self._take_back()
 
     def submit(self, **changes: Any) -> JobView:
         """Submit a job past the UI."""
         return self.store.create_job(browser_spec(**changes))[0]
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Run the controller and exports while the block runs."""
+    def working(self, fail_every: int = 0) -> Iterator[None]:
+        """Run a controller and exports while the block runs; every ``fail_every``-th candidate fails."""
+        pools = FormulaPools(self._permits, fail_every)
+        controller = Controller(self.store, pools, ControllerConfig("controller", poll_s=0.05))
+        stop = threading.Event()
         threads = [
-            threading.Thread(target=target, name=f"service-{n}")
-            for n, target in enumerate((self._controller.run_forever, self._export_forever))
+            threading.Thread(target=controller.run_forever, name="controller"),
+            threading.Thread(target=self._export_until, args=[stop], name="exporter"),
         ]
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            self._stop.set()
-            self._controller.stop()
+            stop.set()
+            controller.stop()
             for thread in threads:
                 thread.join()
 
-    def _export_forever(self) -> None:
-        while not self._stop.wait(0.05):
+    def clear(self) -> None:
+        """Leave nothing of what a test did: no permits, and no jobs, whose controllers must have stopped."""
+        self._take_back()
+        while jobs := self.store.list_jobs().items:
+            for job in jobs:
+                if job.state == "running":
+                    self.store.request(job.id, "cancel")
+                self.store.delete_job(job.id)
+
+    def _take_back(self) -> None:
+        while self._permits.acquire(blocking=False):
+            pass
+
+    def _export_until(self, stop: threading.Event) -> None:
+        while not stop.wait(0.05):
             task = self.store.claim_export("exporter", 30)
             if task is None:
                 continue
@@ -234,14 +265,11 @@ class Service:
 
 
 @contextmanager
-def running_service(
-    root: Path, *, fail_every: int = 0, work: bool = True, port: int = 0, **settings: Any
-) -> Iterator[Service]:
+def running_service(root: Path, *, work: bool = True, port: int = 0, **settings: Any) -> Iterator[Service]:
     """Run a service while the block runs.
 
     Args:
         root: directory for its database, ``ui.db``.
-        fail_every: n, when every n-th candidate fails; 0 for none.
         work: whether a controller runs jobs.
         port: to listen on; 0 takes a free one.
         settings: that differ from the tests' defaults.
@@ -256,7 +284,7 @@ def running_service(
             home=root, database_url=url, port=listener.getsockname()[1], poll_s=0.05, log_level="warning", **settings
         )
         store = SqlStore(url)
-        service = Service(store, made, FormulaPools(fail_every), root)
+        service = Service(store, made, root)
         server = make_server(create_app(store, made, browser_problem), made)
         thread = threading.Thread(target=server.run, args=([listener],), name="uvicorn")
         thread.start()

@@ -11,14 +11,15 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.jobs import write_job
 from tests.service import serving
-from tests.ui.conftest import Tab
+from tests.ui.conftest import OpenTab
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-def test_submit_watch_pause_resume_open_enqueue_export(tab: Tab, tmp_path: Path) -> None:
+def test_submit_watch_pause_resume_open_enqueue_export(open_tab: OpenTab, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    job = write_job(root, items=1500, name="end to end", budget={"evaluations": 40})
+    job = write_job(root, items=1000, name="end to end", budget={"evaluations": 20})
+    tab = open_tab()
     page = tab.page
     with serving(tmp_path / "home", root) as client:
         tab.open(f"{client.url}/ui/#/new")

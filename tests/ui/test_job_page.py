@@ -32,7 +32,7 @@ def rows(page: Page) -> Locator:
 
 
 def test_a_point_appears_without_reload(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(3)
+    service.evaluate(job, 3)
     page = open_job(tab, service, job)
     tab.front_points(3)
     expect(page.locator("#stream")).to_have_text("Live")
@@ -46,7 +46,7 @@ def test_a_point_appears_without_reload(service: Service, tab: Tab, job: JobView
 
 
 def test_the_zoom_stays_while_points_arrive(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(8)
+    service.evaluate(job, 8)
     page = open_job(tab, service, job)
     tab.front_points(8)
     page.evaluate("Plotly.relayout(document.querySelector('.plot-front'), {'xaxis.range': [0.5, 0.9]})")
@@ -56,7 +56,7 @@ def test_the_zoom_stays_while_points_arrive(service: Service, tab: Tab, job: Job
 
 
 def test_axes_say_which_way_is_better(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(8)
+    service.evaluate(job, 8)
     page = open_job(tab, service, job)
     tab.front_points(8)
     title = page.locator(".plot-front .xtitle")
@@ -69,7 +69,7 @@ def test_axes_say_which_way_is_better(service: Service, tab: Tab, job: JobView) 
 
 def test_pause_and_resume(service: Service, tab: Tab) -> None:
     job = service.submit(budget={"evaluations": 500})
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     page.get_by_role("button", name="Pause").click()
@@ -84,6 +84,38 @@ def test_pause_and_resume(service: Service, tab: Tab) -> None:
     service.allow(3)
     expect(page.get_by_role("log")).to_contain_text(f"#{done + 2}:")
     tab.front_points(done + 3)
+
+
+def test_a_spent_budget_is_raised_to_resume(service: Service, tab: Tab) -> None:
+    job = service.submit(budget={"evaluations": 40, "requests": 6, "money": 5})
+    page = open_job(tab, service, job)
+    service.allow(40)
+    state(page, "Paused")
+    expect(page.get_by_text("the budget of 6 requests is spent").first).to_be_visible()
+    page.get_by_role("button", name="Resume").click()
+    dialog = page.get_by_role("dialog")
+    requests, money = dialog.get_by_label("Requests"), dialog.get_by_label("Money")
+    expect(requests).to_have_value("6")
+    expect(money).to_have_value("5")
+    expect(dialog).to_contain_text("6 spent so far")
+    expect(dialog).to_contain_text("0.12 spent so far")
+    for bad, why in (("6", "Must be above the 6 spent so far."), ("", "This is needed.")):
+        requests.fill(bad)
+        money.fill("2.5")
+        dialog.get_by_role("button", name="Resume").click()
+        expect(requests).to_be_focused()
+        expect(requests).to_have_attribute("aria-invalid", "true")
+        expect(dialog.locator(".problem:visible")).to_contain_text(why)
+        expect(money).to_have_value("2.5")
+    assert service.store.get_job(job.id).state == "paused"
+    requests.fill("9")
+    expect(dialog.locator(".problem:visible")).to_have_count(0)
+    dialog.get_by_role("button", name="Resume").click()
+    expect(dialog).to_have_count(0)
+    expect(page.get_by_text("9 / 40")).to_be_visible()
+    expect(page.get_by_text("the budget of 9 requests is spent").first).to_be_visible()
+    budget = service.store.get_job(job.id).spec["budget"]
+    assert (budget["requests"], budget["money"], budget["tokens"]) == (9, 2.5, None)
 
 
 def test_cancel_asks_first(service: Service, tab: Tab, job: JobView) -> None:
@@ -101,9 +133,8 @@ def test_cancel_asks_first(service: Service, tab: Tab, job: JobView) -> None:
 
 def test_delete(service: Service, tab: Tab, job: JobView) -> None:
     tab.expected.append("404")  # what the page was asking for when the job went
+    service.finish(job)
     page = open_job(tab, service, job)
-    service.allow(40)
-    state(page, "Completed")
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("button", name="Delete the job").click()
     expect(page.get_by_role("heading", name="No jobs yet")).to_be_visible()
@@ -111,7 +142,7 @@ def test_delete(service: Service, tab: Tab, job: JobView) -> None:
 
 
 def test_open_a_candidate_from_the_plot(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(12)
+    service.evaluate(job, 12)
     page = open_job(tab, service, job)
     tab.front_points(12)
     spot = page.evaluate(
@@ -139,7 +170,7 @@ def test_open_a_candidate_from_the_plot(service: Service, tab: Tab, job: JobView
 
 
 def test_heat_map_by_keyboard(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(7)
+    service.evaluate(job, 7)
     page = open_job(tab, service, job, "?candidate=6")
     cells = page.locator(".heat td[data-value]")
     cells.first.focus()
@@ -150,7 +181,7 @@ def test_heat_map_by_keyboard(service: Service, tab: Tab, job: JobView) -> None:
 
 
 def test_recipe_is_shown(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(7)
+    service.evaluate(job, 7)
     page = open_job(tab, service, job, "?candidate=6")
     page.get_by_text("Recipe", exact=True).click()
     expect(page.get_by_label("Recipe as JSON")).to_contain_text('"operator": "task_arithmetic"')
@@ -159,7 +190,7 @@ def test_recipe_is_shown(service: Service, tab: Tab, job: JobView) -> None:
 def test_a_failed_candidate_says_why(start_service: StartService, tab: Tab) -> None:
     service = start_service(fail_every=6)
     job = service.submit()
-    service.allow(8)
+    service.evaluate(job, 8)
     page = open_job(tab, service, job)
     tab.front_points(7)
     expect(page.locator(".stat").filter(has_text="Failed")).to_contain_text("1")
@@ -172,7 +203,7 @@ def test_a_failed_candidate_says_why(start_service: StartService, tab: Tab) -> N
 
 def test_the_table_sorts_filters_and_pages(service: Service, tab: Tab) -> None:
     job = service.submit(budget={"evaluations": 70})
-    service.allow(70)
+    service.finish(job)
     page = open_job(tab, service, job)
     state(page, "Completed")
     expect(rows(page)).to_have_count(50)
@@ -192,7 +223,7 @@ def test_the_table_sorts_filters_and_pages(service: Service, tab: Tab) -> None:
 
 
 def test_parallel_coordinates_of_the_front(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(40)
+    service.finish(job)
     page = open_job(tab, service, job)
     state(page, "Completed")
     front = service.store.front(job.id).front
@@ -206,7 +237,7 @@ def test_parallel_coordinates_of_the_front(service: Service, tab: Tab, job: JobV
 
 
 def test_best_so_far(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(40)
+    service.finish(job)
     page = open_job(tab, service, job)
     state(page, "Completed")
     curve = service.store.progression(job.id)
@@ -218,7 +249,7 @@ def test_best_so_far(service: Service, tab: Tab, job: JobView) -> None:
 
 
 def test_enqueue(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     page.get_by_role("button", name="Enqueue").click()
@@ -248,7 +279,7 @@ def enqueue_genome(page: Page, numbers: str) -> Locator:
 
 def test_a_candidate_that_does_not_fit_is_refused_in_the_dialog(service: Service, tab: Tab, job: JobView) -> None:
     tab.expected.append("422")
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     expect(enqueue_genome(page, "1, 2, 3").get_by_role("alert")).to_contain_text("the genome has 3 numbers")
@@ -264,7 +295,7 @@ def test_a_candidate_that_turns_out_not_to_fit_is_rejected_visibly(start_service
 
 
 def test_export_reaches_completed(service: Service, tab: Tab, job: JobView) -> None:
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job, "?candidate=4")
     page.locator(".candidate-card").get_by_role("button", name="Export").click()
     dialog = page.get_by_role("dialog")
@@ -280,7 +311,7 @@ def test_export_reaches_completed(service: Service, tab: Tab, job: JobView) -> N
 
 def test_export_of_a_pending_candidate_is_refused_in_the_dialog(service: Service, tab: Tab, job: JobView) -> None:
     tab.expected.append("409")
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     page.get_by_role("group", name="Actions").get_by_role("button", name="Export").click()
@@ -311,7 +342,7 @@ def test_a_job_that_nobody_has_begun(start_service: StartService, tab: Tab) -> N
 
 def test_one_objective_is_drawn_over_the_candidates(service: Service, tab: Tab) -> None:
     job = service.submit(objectives=browser_spec().objectives[:1])
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     expect(page.locator(".plot-front .xtitle")).to_have_text("candidate number")
@@ -330,7 +361,7 @@ def test_what_is_best_is_shown_on_test_items_too(service: Service, tab: Tab) -> 
     for objective in spec["objectives"][:2]:
         objective["test"] = {"path": objective["data"]["path"], "split": "test"}
     job = service.submit(budget={"evaluations": 6}, objectives=spec["objectives"])
-    service.allow(6)
+    service.evaluate(job, 6)
     page = open_job(tab, service, job)
     tab.front_points(6)
     expect(page.get_by_text("Verified")).to_be_visible()
@@ -362,7 +393,7 @@ def test_what_is_best_is_shown_on_test_items_too(service: Service, tab: Tab) -> 
 def test_estimates_have_error_bars_until_all_items_are_measured(service: Service, tab: Tab) -> None:
     fitness = {"estimation": {"method": "regression", "items": 20}, "verification": {"candidates": 2}}
     job = service.submit(budget={"evaluations": STARTS + 4}, fitness=fitness, algorithm={"name": "random"})
-    service.allow(STARTS + 4)
+    service.evaluate(job, STARTS + 4)
     page = open_job(tab, service, job)
     tab.front_points(STARTS + 4)
     estimated = next(c for c in service.store.list_candidates(job.id).items if c.estimated)

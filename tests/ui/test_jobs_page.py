@@ -18,7 +18,7 @@ def test_an_empty_list_says_how_to_begin(service: Service, tab: Tab) -> None:
 
 def test_progress_is_live(service: Service, tab: Tab) -> None:
     page = tab.page
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     expect(page.get_by_role("heading", name="No jobs yet")).to_be_visible()
     job = service.submit(name="a new job")  # somebody else's
     row = page.locator(f"[data-job='{job.id}']")
@@ -39,7 +39,7 @@ def test_filters_by_state_and_name(start_service: StartService, tab: Tab) -> Non
     jobs = [service.submit(name=name) for name in ("apple pie", "apple cake", "plum cake")]
     service.store.request(jobs[1].id, "cancel")
     page = tab.page
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     rows = page.locator(".job-row")
     expect(rows).to_have_count(3)
     expect(rows.first).to_contain_text("plum cake")  # newest first
@@ -58,7 +58,7 @@ def test_loads_more(start_service: StartService, tab: Tab) -> None:
     service = start_service(work=False)
     for number in range(53):
         service.store.create_job(browser_spec(name=f"job {number}"))
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     rows = tab.page.locator(".job-row")
     expect(rows).to_have_count(50)
     tab.page.get_by_role("button", name="Load more").click()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import yaml
 from playwright.sync_api import Locator, Page, expect
@@ -46,6 +47,20 @@ def fill_form(page: Page) -> None:
     section(page, "Budget").get_by_label("Evaluations").fill("30")
 
 
+def open_filled_form(tab: Tab, service: Service, **changes: Any) -> Page:
+    """Open the form with what `fill_form` fills in, and fields of the spec as given, by way of the text."""
+    page = open_form(tab, service)
+    whole = browser_spec()
+    spec = browser_spec(
+        **{"name": "from the form", "experts": whole.experts[:2], "objectives": whole.objectives[:2]} | changes
+    )
+    page.get_by_role("tab", name="YAML or JSON").click()
+    page.get_by_label("Job spec as YAML or JSON").fill(spec.model_dump_json())
+    page.get_by_role("button", name="Validate").click()
+    page.get_by_role("button", name="Open in the form").click()
+    return page
+
+
 def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     service = start_service(work=False)
     page = open_form(tab, service)
@@ -69,8 +84,9 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     objective.get_by_role("textbox", name="Column of text", exact=True).fill("word")
     objective.get_by_label("Constraint").check()
     objective.get_by_label("At most").fill("0.9")
-    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("button", name="Submit").dblclick()  # which makes one job
     expect(page.get_by_role("heading", level=1)).to_have_text("from the form")
+    expect(page.locator("#job-state")).to_have_text("Queued")
     (job,) = service.store.list_jobs().items
     spec = service.store.get_job(job.id).spec
     assert spec["merge"]["operator"] == "ties"
@@ -86,6 +102,63 @@ def test_submit_through_the_form(start_service: StartService, tab: Tab) -> None:
     assert spec["objectives"][0]["constraint"] == {"at_least": None, "at_most": 0.9}
     assert [objective["head"] for objective in spec["objectives"]] == ["language", "polarity"]
     assert spec["budget"]["evaluations"] == 30
+
+
+def part(within: Locator, name: str) -> Locator:
+    """A part within a part of the form, unfolded."""
+    found = within.locator(".subsection").filter(has=within.page.get_by_text(name, exact=True))
+    if found.get_attribute("open") is None:
+        found.locator("summary").click()
+    return found
+
+
+def test_what_saves_evaluations(start_service: StartService, tab: Tab) -> None:
+    service = start_service(work=False)
+    page = open_filled_form(tab, service, algorithm={"name": "cma_es"})
+    fitness = section(page, "Fitness")
+    fitness.get_by_role("heading", name="Fitness").click()
+    fitness.get_by_label("Cache").uncheck()
+    racing, estimation = part(fitness, "Racing"), part(fitness, "Estimation")
+    racing.get_by_label("Enabled").check()
+    racing.get_by_label("First items").fill("16")
+    racing.get_by_label("Error").fill("0.01")
+    estimation.get_by_label("Method").select_option("regression")
+    items = estimation.get_by_label("Items")
+    items.fill("0")
+    verification = part(fitness, "Verification")
+    verification.get_by_label("Candidates").fill("4")
+    verification.get_by_label("Baselines").uncheck()
+    fitness.get_by_role("heading", name="Fitness").click()  # a problem is shown although its part is folded
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_text("1 problem to put right")).to_be_visible()
+    expect(page.get_by_text("It is shown beside its field.")).to_be_visible()
+    expect(items).to_be_focused()
+    expect(items).to_have_attribute("aria-invalid", "true")
+    expect(fitness.locator(".problem:visible")).to_have_text("Must be at least 8 and at most 100,000.")
+    expect(racing.get_by_label("First items")).to_have_value("16")  # nothing is lost
+    assert service.store.list_jobs().items == []
+    items.fill("20")
+    expect(fitness.locator(".problem:visible")).to_have_count(0)
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("from the form")
+    (job,) = service.store.list_jobs().items
+    assert service.store.get_job(job.id).spec["fitness"] == {
+        "cache": False,
+        "racing": {"enabled": True, "first_items": 16, "factor": 2, "error": 0.01},
+        "estimation": {"method": "regression", "items": 20},
+        "verification": {"candidates": 4, "baselines": False},
+    }
+    page.get_by_role("button", name="Clone").click()
+    expect(page.get_by_role("heading", name="Clone “from the form”")).to_be_visible()
+    expect(fitness.get_by_label("Cache")).not_to_be_checked()
+    expect(racing.get_by_label("Enabled")).to_be_checked()
+    expect(racing.get_by_label("First items")).to_have_value("16")
+    expect(racing.get_by_label("Error")).to_have_value("0.01")
+    expect(estimation.get_by_label("Method")).to_have_value("regression")
+    expect(items).to_have_value("20")
+    expect(verification.get_by_label("Candidates")).to_have_value("4")
+    expect(verification.get_by_label("Baselines")).not_to_be_checked()
+    expect(items).to_be_visible()  # what is not as usual is unfolded
 
 
 def test_messages_stand_beside_the_fields(service: Service, tab: Tab) -> None:
@@ -110,8 +183,7 @@ def test_messages_stand_beside_the_fields(service: Service, tab: Tab) -> None:
 
 def test_the_servers_problems_stand_beside_the_fields(service: Service, tab: Tab) -> None:
     tab.expected.append("422")
-    page = open_form(tab, service)
-    fill_form(page)
+    page = open_filled_form(tab, service)
     merge = section(page, "Merge")
     merge.get_by_label("Bounds").check()
     merge.get_by_role("spinbutton", name="Low *").fill("1")
@@ -207,12 +279,3 @@ def test_clone_is_prefilled_and_remembers_its_origin(start_service: StartService
         k: v for k, v in original.spec.items() if k not in changed
     }
     expect(page.get_by_role("link", name="cloned from another job")).to_be_visible()
-
-
-def test_a_double_click_makes_one_job(start_service: StartService, tab: Tab) -> None:
-    service = start_service(work=False)
-    page = open_form(tab, service)
-    fill_form(page)
-    page.get_by_role("button", name="Submit").dblclick()
-    expect(page.locator("#job-state")).to_have_text("Queued")
-    assert len(service.store.list_jobs().items) == 1

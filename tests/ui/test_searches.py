@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from api.views import JobView
+from optimizer.errors import LeaseLost
 from optimizer.fitness.aggregate import aggregate
 from optimizer.ports import Candidate, Evaluation, Lease
 from optimizer.problem import PlannedPhase, Problem
@@ -19,7 +21,7 @@ from optimizer.space import MergeSpace, make_space
 from optimizer.spec import AlgorithmSpec
 from tests.ui.conftest import StartService, Tab
 from tests.ui.service import Service, browser_problem, browser_spec, score
-from tests.ui.test_new_job_page import fill_form, item, open_form, section
+from tests.ui.test_new_job_page import item, open_filled_form, section
 
 EXPERTS = ("language", "polarity", "continent")
 PHASES = [
@@ -65,13 +67,22 @@ class Job:
         return index
 
 
-@pytest.fixture
-def job(start_service: StartService) -> Callable[[], tuple[Service, Job]]:
-    def make() -> tuple[Service, Job]:
-        service = start_service(work=False)
-        return service, Job(service)
+def give_up(service: Service, lease: Lease) -> None:
+    with suppress(LeaseLost):  # the test has ended the job
+        service.store.release(lease)
 
-    return make
+
+@pytest.fixture
+def job(start_service: StartService) -> Iterator[Callable[[], tuple[Service, Job]]]:
+    with ExitStack() as stack:
+
+        def make() -> tuple[Service, Job]:
+            service = start_service(work=False)
+            made = Job(service)
+            stack.callback(give_up, service, made.lease)
+            return service, made
+
+        yield make
 
 
 def open_job(tab: Tab, service: Service, job: Job, query: str = "") -> Page:
@@ -99,7 +110,7 @@ def test_phases_and_why(job: Callable[[], tuple[Service, Job]], tab: Tab) -> Non
 
 def test_a_job_with_one_algorithm_has_no_list_of_phases(service: Service, tab: Tab) -> None:
     one = service.submit(algorithm={"name": "random"})
-    service.allow(6)
+    service.evaluate(one, 6)
     tab.open(f"{service.url}#/jobs/{one.id}")
     tab.front_points(6)
     expect(tab.page.get_by_role("heading", name="Pareto front")).to_be_visible()
@@ -155,7 +166,8 @@ def test_partial_evaluations_are_hidden_until_asked_for(job: Callable[[], tuple[
     page.get_by_label("Which candidates").select_option("On some items only")
     page.get_by_role("button", name="Show candidate 1").click()
     expect(page.locator(".candidate-card")).to_contain_text("measured on 20 items of each objective")
-    page.reload()
+    tab.open(f"{service.url}#/jobs")
+    open_job(tab, service, made)
     tab.front_points(1)
 
 
@@ -174,6 +186,7 @@ def test_ranges_are_as_high_as_they_are_long(job: Callable[[], tuple[Service, Jo
     table = np.round(np.linspace(-0.5, 1, 9), 3).reshape(3, 3).tolist()
     made.add(ranges(made.problem, [16, 112], table), phase=1)
     page = open_job(tab, service, made, "?candidate=0")
+    expect(page.locator(".ranges rect")).to_have_count(9)
     heights = page.evaluate("[...document.querySelectorAll('.ranges rect')].map((one) => one.height.baseVal.value)")
     shares = np.array(heights).reshape(3, 3)
     np.testing.assert_allclose(shares / shares.sum(axis=0), np.repeat([[16], [96], [112]], 3, axis=1) / whole)
@@ -210,8 +223,7 @@ def test_rearranged_layers(job: Callable[[], tuple[Service, Job]], tab: Tab) -> 
 
 def test_phases_in_the_form(start_service: StartService, tab: Tab) -> None:
     service = start_service(work=False)
-    page = open_form(tab, service)
-    fill_form(page)
+    page = open_filled_form(tab, service)
     expect(section(page, "Algorithm")).to_be_visible()
     page.get_by_role("heading", name="Phases", exact=True).click()
     phases = section(page, "Phases")
@@ -244,14 +256,20 @@ def test_a_space_and_a_job_to_begin_with(job: Callable[[], tuple[Service, Job]],
     service, made = job()
     made.soup(0.5, 0.5, 0.5)
     made.store.set_state(made.lease, "completed")
-    page = open_form(tab, service)
-    fill_form(page)
+    page = open_filled_form(tab, service)
     merge = section(page, "Merge")
     merge.get_by_label("Space").check()
     merge.get_by_label("Name").select_option("layer_swap")
     merge.get_by_label("Borders").fill("3")
+    page.get_by_role("button", name="Show as YAML").click()
+    expect(page.get_by_label("Job spec as YAML or JSON")).to_have_value(
+        # only what differs from the defaults
+        re.compile(r"space:\s+name: layer_swap\s+options:\s+borders: 3")
+    )
+    page.get_by_role("tab", name="Form").click()
+    page.get_by_role("button", name="Validate").click()
+    expect(page.get_by_text("The job spec is valid").first).to_be_visible()
     merge.get_by_label("Space").uncheck()  # what is not asked for is not sent
-    expert = item(page, "Expert 2")
     page.get_by_role("button", name="Add expert").click()
     expert = item(page, "Expert 3")
     expert.get_by_label("Name").fill("continent")
@@ -270,20 +288,3 @@ def test_a_space_and_a_job_to_begin_with(job: Callable[[], tuple[Service, Job]],
     assert spec["merge"]["space"] is None
     (start,) = spec["warm_starts"]["candidates"]
     assert start["label"] == f"job {made.view.id[:4]}… candidate 0"
-
-
-def test_a_space_in_the_form(start_service: StartService, tab: Tab) -> None:
-    service = start_service(work=False)
-    page = open_form(tab, service)
-    fill_form(page)
-    merge = section(page, "Merge")
-    merge.get_by_label("Space").check()
-    merge.get_by_label("Name").select_option("layer_swap")
-    merge.get_by_label("Borders").fill("3")
-    page.get_by_role("button", name="Validate").click()
-    expect(page.get_by_text("The job spec is valid").first).to_be_visible()
-    page.get_by_role("button", name="Show as YAML").click()
-    expect(page.get_by_label("Job spec as YAML or JSON")).to_have_value(
-        # only what differs from the defaults
-        re.compile(r"space:\s+name: layer_swap\s+options:\s+borders: 3")
-    )

@@ -24,8 +24,8 @@ def overflow(page: Page) -> int:
 def test_no_page_overflows_a_phone(service: Service, phone: Tab) -> None:
     page = phone.page
     job = service.submit(name="a rather long name of a job that does not fit a phone " * 2)
-    service.allow(10)
-    phone.open(service.url)
+    service.evaluate(job, 10)
+    phone.open(f"{service.url}#/jobs")
     expect(page.locator(".job-row")).to_have_count(1)
     assert overflow(page) <= 0
     phone.open(f"{service.url}#/jobs/{job.id}?candidate=3")
@@ -46,8 +46,9 @@ def test_no_page_overflows_a_phone(service: Service, phone: Tab) -> None:
 def test_by_keyboard_alone(service: Service, tab: Tab) -> None:
     page, keys = tab.page, tab.page.keyboard
     job = service.submit()
-    service.allow(6)
-    tab.open(service.url)
+    service.evaluate(job, 6)
+    tab.open(f"{service.url}#/jobs")
+    page.reload()  # puts the focus at the beginning
     expect(page.locator(".job-row")).to_have_count(1)
     keys.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
@@ -78,12 +79,24 @@ def test_by_keyboard_alone(service: Service, tab: Tab) -> None:
     assert job.id in page.url
 
 
+def test_a_dialog_goes_with_the_page_that_opened_it(service: Service, tab: Tab) -> None:
+    page = tab.page
+    service.submit()
+    tab.open(f"{service.url}#/jobs")
+    page.locator(".job-name").click()
+    page.get_by_role("button", name="Enqueue").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.go_back()  # what a phone's users close a dialog by
+    expect(page.locator(".job-name")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
 def test_names_and_labels_are_never_markup(service: Service, tab: Tab) -> None:
     page = tab.page
     candidates = [{"label": HOSTILE, "coefficients": {"language": 0.5}}]
     job = service.submit(name=HOSTILE, warm_starts={"candidates": candidates})
-    service.allow(8)
-    tab.open(service.url)
+    service.evaluate(job, 8)
+    tab.open(f"{service.url}#/jobs")
     expect(page.locator(".job-name")).to_have_text(HOSTILE)
     tab.open(f"{service.url}#/jobs/{job.id}?candidate=0")
     tab.front_points(8)
@@ -99,7 +112,7 @@ def test_names_and_labels_are_never_markup(service: Service, tab: Tab) -> None:
 def test_the_theme_follows_the_system_and_the_button(service: Service, open_tab: OpenTab) -> None:
     tab = open_tab(color_scheme="dark")
     page = tab.page
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     root = page.locator("html")
     expect(root).to_have_attribute("data-theme", "dark")
     page.emulate_media(color_scheme="light")
@@ -111,15 +124,20 @@ def test_the_theme_follows_the_system_and_the_button(service: Service, open_tab:
     expect(page.get_by_role("button", name="Switch to the light theme")).to_be_visible()
 
 
-def test_asks_for_a_token(start_service: StartService, tab: Tab) -> None:
+def test_asks_for_a_token(start_service: StartService, open_tab: OpenTab) -> None:
+    tab = open_tab()
     tab.expected.append("401")
     service = start_service(require_token="always")
     _, secret = service.store.create_token("me")
     job = service.submit(name="guarded")
     page = tab.page
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("needs an access token")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("heading", name="An access token is needed")).to_be_visible()
+    expect(page.get_by_text("guarded")).to_have_count(0)  # without a token nothing is shown
+    page.get_by_role("button", name="Try again").click()
     dialog.get_by_label("Token").fill("wrong")
     dialog.get_by_role("button", name="Continue").click()
     expect(dialog).to_contain_text("was not accepted")
@@ -134,29 +152,20 @@ def test_asks_for_a_token(start_service: StartService, tab: Tab) -> None:
     assert service.store.get_job(job.id).progress.completed == 3
 
 
-def test_without_a_token_nothing_is_shown(start_service: StartService, tab: Tab) -> None:
-    tab.expected.append("401")
-    service = start_service(require_token="always")
-    service.submit(name="guarded")
-    tab.open(service.url)
-    tab.page.get_by_role("button", name="Cancel").click()
-    expect(tab.page.get_by_role("heading", name="An access token is needed")).to_be_visible()
-    expect(tab.page.get_by_text("guarded")).to_have_count(0)
-
-
-def test_a_lost_connection_shows_and_heals(tmp_path: Path, tab: Tab) -> None:
+def test_a_lost_connection_shows_and_heals(tmp_path: Path, open_tab: OpenTab) -> None:
+    tab = open_tab()
     tab.expected.append("ERR_")
     page = tab.page
     stream = page.locator("#stream")
     with running_service(tmp_path) as service:
         job = service.submit()
-        service.allow(6)
+        service.evaluate(job, 6)
         tab.open(f"{service.url}#/jobs/{job.id}")
         tab.front_points(6)
         expect(stream).to_have_text("Live")
     expect(stream).to_have_text("Reconnecting…")
     with running_service(tmp_path, port=service.port) as service:
-        service.allow(5)
+        service.evaluate(job, 5)
         expect(stream).to_have_text("Live")
         tab.front_points(11)
         numbers = page.locator(".log li").filter(has_text="language").all_inner_texts()
@@ -209,13 +218,13 @@ def test_yaml_is_written_so_that_it_reads_back(service: Service, tab: Tab, neste
         "items": [{"v": value, "w": [value, {"x": value}]} if nested else value for value in TRICKY]
     }
     data |= {str(value): value for value in TRICKY if isinstance(value, str)}
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     write = "async (data) => (await import('/ui/js/core/yaml.js')).toYaml(data)"
     assert yaml.safe_load(tab.page.evaluate(write, data)) == data
 
 
 def test_events_are_read_whatever_the_chunks(service: Service, tab: Tab) -> None:
-    tab.open(service.url)
+    tab.open(f"{service.url}#/jobs")
     text = ': hi\nretry: 5\n\nid: 1\nevent: a\ndata: {"x":\ndata: 1}\n\nid: 2\r\ndata:no space\r\n\r\ndata: last\n\n'
     read = """async ([text, size]) => {
         const { parser } = await import("/ui/js/core/stream.js");
