@@ -177,7 +177,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_stopping_a_controller_leaves_the_job_to_the_next(store: SqlStore) -> None:
     pools = Pools(delay_s=0.02)
-    job, _ = store.create_job(make_spec(budget={"evaluations": 200}))
+    job, _ = store.create_job(make_spec(budget={"evaluations": 80}))
     first = controller(store, pools)
     thread = in_thread(first)
     until(lambda: len(pools.evaluated) > 10)
@@ -187,9 +187,9 @@ def test_stopping_a_controller_leaves_the_job_to_the_next(store: SqlStore) -> No
     done = set(pools.evaluated)
     pools.delay_s = 0.0
     assert controller(store, pools).run_next(), "claimable at once, without waiting for the lease to run out"
-    assert store.get_job(job.id).progress.completed == 200
-    assert len(pools.evaluated) <= 201
-    assert len(set(pools.evaluated)) == 200
+    assert store.get_job(job.id).progress.completed == 80
+    assert len(pools.evaluated) <= 81
+    assert len(set(pools.evaluated)) == 80
     assert done
 
 
@@ -214,7 +214,7 @@ def test_a_controller_that_lost_its_lease_writes_nothing_more(store: SqlStore) -
 def test_a_pause_takes_back_what_no_worker_has_begun(store: SqlStore) -> None:
     pools = Pools(delay_s=0.05)
     job, _ = store.create_job(
-        make_spec(budget={"evaluations": 500}, parallel_evaluations=64, workers={"count": 8}), idempotency_key="a"
+        make_spec(budget={"evaluations": 150}, parallel_evaluations=64, workers={"count": 8}), idempotency_key="a"
     )
     thread = in_thread(controller(store, pools))
     until(lambda: len(pools.evaluated) > 3)
@@ -227,8 +227,8 @@ def test_a_pause_takes_back_what_no_worker_has_begun(store: SqlStore) -> None:
     pools.delay_s = 0.0
     store.request(job.id, "run")
     assert controller(store, pools).run_next()
-    assert store.get_job(job.id).progress.completed == 500
-    assert len(pools.evaluated) == 500
+    assert store.get_job(job.id).progress.completed == 150
+    assert len(pools.evaluated) == 150
 
 
 def test_a_cancel_counts_more_than_a_stop(store: SqlStore) -> None:

@@ -117,7 +117,18 @@ def run(spec: JobSpec, choose: Any = None, crash: Any = lambda: False) -> Log:
         log.evaluate(search, dispatched[choose(len(dispatched))] if choose else dispatched[0])
 
 
-@pytest.mark.parametrize("spec", [*map(spec_of, SEARCHES), phased()], ids=[*SEARCHES, "phases"])
+# Those that fit a model at every proposal fit all of them again at every replay.
+COSTLY = {"bayesian", "map", "rmm"}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(pytest.param(spec_of(name), marks=[pytest.mark.slow] * (name in COSTLY)) for name in SEARCHES),
+        phased(),
+    ],
+    ids=[*SEARCHES, "phases"],
+)
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_interruptions_and_arrival_order_change_nothing(spec: JobSpec, data: st.DataObject) -> None:
@@ -134,7 +145,10 @@ def test_interruptions_and_arrival_order_change_nothing(spec: JobSpec, data: st.
         *map(spec_of, SEARCHES),
         phased(),
         phased(asynchronous=True),
-        *(spec_of(name, asynchronous=True) for name in SEARCHES),
+        *(
+            pytest.param(spec_of(name, asynchronous=True), marks=[pytest.mark.slow] * (name in COSTLY))
+            for name in SEARCHES
+        ),
     ],
     ids=[*SEARCHES, "phases", "asynchronous phases", *(f"asynchronous {name}" for name in SEARCHES)],
 )

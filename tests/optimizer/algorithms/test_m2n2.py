@@ -50,7 +50,7 @@ class TestOnTables:
         foreign = warm(space) if seeded else [space.uniform()]
         log = drive(algorithm, judge(space), 90, window=window, foreign=foreign, every=13)
         assert len(proposals_of(log)) == 90
-        for end in range(0, len(log), 9):
+        for end in range(0, len(log), 27):
             replay(make(case, parallel=window)[0], log[: end + 1])
 
     def test_every_proposal_is_a_recipe_that_comes_back(self, case: Case) -> None:

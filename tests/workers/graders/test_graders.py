@@ -16,6 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from optimizer.errors import InvalidCheckpoint, InvalidInput, PathNotAllowed
+from tests.marks import quick_or_slow
 from tests.workers.graders.cases import WHERE, grade, make
 from tests.workers.models import tiny_bert
 from workers.evaluators.base import Cancelled
@@ -75,7 +76,7 @@ def test_numbers_count_within_the_tolerance(right: float, change: float) -> None
         assert found == [float(abs(right + change - right) <= 5e-4)]
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "(.*a){25}$"])
+@pytest.mark.parametrize("pattern", quick_or_slow(["(a+)+$", "(a|aa)+$", "(.*a){25}$"], "(a+)+$"))
 def test_patterns_that_backtrack_without_end_score_0_soon(pattern: str, tmp_path: Path) -> None:
     begin = time.monotonic()
     assert grade(make("regex", [{}], tmp_path, pattern=pattern), ["a" * 5000 + "!"]) == [0]

@@ -21,6 +21,7 @@ from torch import Tensor
 from optimizer.errors import InfeasibleCandidate, InvalidInput
 from optimizer.geometry import make_layout
 from optimizer.recipe import Leaf, Merge, Recipe, Selector
+from tests.marks import quick_or_slow
 from tests.workers.merging.running import PlainFacts, make_info, merge
 from tests.workers.models import make_recipe, open_models, tiny_bert, tiny_bert_base
 from workers.merging.deltas import by_rank
@@ -169,7 +170,10 @@ def test_the_scale_is_that_of_the_merged_task_vector(name: str, seed: int, facto
     torch.testing.assert_close(scaled, once * factor, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+# Each kind of selection once; with a vote, the kernels' own tests cut.
+@pytest.mark.parametrize(
+    "name", quick_or_slow(SPARSE, *(name for name in SPARSE if name not in ("della", "dare_ties")))
+)
 @given(cuts=st.lists(st.integers(1, 107), max_size=4, unique=True).map(sorted), seed=st.integers(0, 100))
 @quick
 def test_stretches_are_parts_of_the_whole(name: str, cuts: list[int], seed: int) -> None:
