@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import resource
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,32 +395,19 @@ def test_a_full_disk(models: Models, small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from optimizer.errors import MergeoptError
-from tests.workers.models import make_recipe, open_models
-from workers.export import export_checkpoint
-
-root = Path(sys.argv[1])
-models = open_models(root / "base", {"one": root / "one", "two": root / "two"})
-recipe = make_recipe(models[0], "task_arithmetic", [0.6, 0.3])
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    out = Path(sys.argv[2]) / "out"
-    export_checkpoint(recipe, *models, out, head="one", title="x", scores={}, spec=None, progress=lambda _: None)
-except MergeoptError as error:
-    sys.exit(error.message)
-"""
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """The system refuses this process to write beyond 20 KB of a file while the block runs."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_that_may_not_grow(models: Models, tmp_path: Path) -> None:
-    """The same failure where no file system can be mounted: the system refuses to write beyond 20 KB."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(models[0]["base"].path.parent), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )
-    assert done.returncode == 1 and "no space is left; nothing was kept" in done.stderr
+    """The same failure where no file system can be mounted."""
+    with pytest.raises(MergeoptError, match="no space is left; nothing was kept"), small_files():
+        export(models, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
