@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import signal
 from multiprocessing.context import ForkServerProcess
@@ -15,27 +14,16 @@ from api.store.sql import SqlStore
 from optimizer.spec import parse_spec
 from tests.durability.child import live
 from tests.durability.rows import Rows, history
+from tests.forks import forks
 from tests.jobs import write_data, write_job
 
 LIFE_S = 60
 
 
-@pytest.fixture(scope="module")
-def forks() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    # What a life would import on its first use takes longer than all else that it does.
-    lazily = ["optimizer.mixed_normal", "transformers.models.bert.modeling_bert", "sklearn.cluster"]
-    context.set_forkserver_preload(["tests.durability.child", *lazily])
-    return context
-
-
 class Bench:
     """A job, and lives of controllers that run it."""
 
-    def __init__(
-        self, forks: multiprocessing.context.ForkServerContext, template: Path, folder: Path, items: int = 6
-    ) -> None:
-        self.forks = forks
+    def __init__(self, template: Path, folder: Path, items: int = 6) -> None:
         self.template = template
         self.root = folder / "root"
         self.folder = folder
@@ -76,9 +64,7 @@ class Bench:
         boundaries, submitted = self.folder / "boundaries", self.folder / "submitted"
         for log in (boundaries, submitted):
             log.write_bytes(b"")
-        process: ForkServerProcess = self.forks.Process(
-            target=live, args=(url, self.root, kill_at, boundaries, submitted)
-        )
+        process: ForkServerProcess = forks().Process(target=live, args=(url, self.root, kill_at, boundaries, submitted))
         process.start()
         process.join(LIFE_S)
         assert process.exitcode is not None, "the controller hangs"
@@ -131,27 +117,21 @@ def check(bench: Bench, names: set[str], *, every: bool) -> Rows:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_at_commit_boundaries(
-    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path, every: bool
-) -> None:
-    check(Bench(forks, sqlite_template, tmp_path), NAMES, every=every)
+def test_killed_at_commit_boundaries(sqlite_template: Path, tmp_path: Path, every: bool) -> None:
+    check(Bench(sqlite_template, tmp_path), NAMES, every=every)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_while_candidates_race(
-    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
-) -> None:
-    bench = Bench(forks, sqlite_template, tmp_path, items=40).thrifty(RACING, 20)
+def test_killed_while_candidates_race(sqlite_template: Path, tmp_path: Path) -> None:
+    bench = Bench(sqlite_template, tmp_path, items=40).thrifty(RACING, 20)
     rows = check(bench, NAMES | VERIFYING, every=True)
     assert sum(row[10] for row in rows) > 2, "too few candidates lost a race"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_while_candidates_are_estimated(
-    forks: multiprocessing.context.ForkServerContext, sqlite_template: Path, tmp_path: Path
-) -> None:
-    bench = Bench(forks, sqlite_template, tmp_path, items=40).thrifty(ESTIMATION, 12)
+def test_killed_while_candidates_are_estimated(sqlite_template: Path, tmp_path: Path) -> None:
+    bench = Bench(sqlite_template, tmp_path, items=40).thrifty(ESTIMATION, 12)
     rows = check(bench, NAMES | VERIFYING | {"set_anchors"}, every=True)
     assert sum(row[11] is not None and min(row[11]) > 0 for row in rows) == 12 - 4

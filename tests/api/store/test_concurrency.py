@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from optimizer.errors import Conflict, LeaseLost, NotFound
 from optimizer.spec import CandidateInput
 from tests.api.store.helpers import SPEC, TTL, candidate, claimed, propose, scored, started
 from tests.factories import make_problem, make_spec
+from tests.forks import forks
 
 JOBS = 10
 
@@ -57,7 +57,7 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Executor]:
         with ThreadPoolExecutor(4) as threads:
             yield threads
     else:
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        with ProcessPoolExecutor(2, forks()) as processes:
             yield processes
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.forks import forks
 from workers.merging import cache
 from workers.merging.cache import SMALL, Cache, key_of
 from workers.safetensors_header import DTYPES
@@ -194,13 +195,13 @@ def _hang(directory: Path, began: Path) -> None:
 
 
 def process(target: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    started = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    started = forks().Process(target=target, args=arguments, daemon=True)
     started.start()
     return started
 
 
 def test_processes_compute_once_together(tmp_path: Path) -> None:
-    started = multiprocessing.get_context("spawn").Barrier(3)
+    started = forks().Barrier(3)
     processes = [process(_ask, tmp_path / "cache", tmp_path / "log", started) for _ in range(3)]
     for one in processes:
         one.join(120)

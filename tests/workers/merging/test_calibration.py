@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from optimizer.ports import Task
 from optimizer.recipe import CalibrationId, Leaf, Merge, PlannedLayer, Recipe, Selector
 from optimizer.space import make_space
 from optimizer.spec import Calibration, JobSpec, parse_spec
+from tests.forks import forks
 from tests.jobs import TASKS, write_job
 from tests.workers.evaluators.cases import CASES, Row, build, open_model, words
 from tests.workers.merging.test_data_driven import reference
@@ -568,7 +568,7 @@ def _rebuild(root: Path, cache: Path, start: Any, results: Any) -> None:
 
 
 def test_two_processes_at_once_agree_bit_for_bit(models: Models, root: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     start, results = context.Barrier(2), context.Queue()
     workers = [context.Process(target=_rebuild, args=(root, tmp_path, start, results)) for _ in range(2)]
     for worker in workers:
