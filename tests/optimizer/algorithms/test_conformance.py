@@ -17,6 +17,7 @@ from optimizer.algorithms.nevergrad_search import Nevergrad, OptimizerName
 from optimizer.errors import InvalidInput
 from optimizer.space import Genome, SearchSpace, Variable
 from optimizer.spec import AlgorithmSpec
+from tests.marks import quick_or_slow
 from tests.optimizer.algorithms.driving import (
     Case,
     Log,
@@ -38,7 +39,7 @@ DEFAULT_OPTIMIZER = Nevergrad.Options().optimizer
 # `auto` is whichever it chooses.
 DEFAULTS = [Case(name) for name in ALGORITHMS if name != "auto"]
 # Proposals that take milliseconds each: fewer of them where the number does not matter.
-SLOW = {"bayesian", "forest", "map"}
+SLOW = {"bayesian", "forest", "map", "rmm"}
 VARIANTS = [
     Case("cma_es", {"covariance": "full"}),
     Case("cma_es", {"covariance": "diagonal", "restarts": "bipop", "population": 5}),
@@ -53,11 +54,13 @@ VARIANTS = [
 CASES = [*DEFAULTS, *VARIANTS]
 
 
-def count_for(case: Case, count: int) -> int:
-    return count // 4 if case.name in SLOW else count
+def count_for(case: Case, count: int, share: int = 4) -> int:
+    return count // share if case.name in SLOW else count
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+QUICK = [*map(str, DEFAULTS), *(str(case) for case in VARIANTS if case.name != "nevergrad"), "nevergrad-SQOPSO"]
+# The optimizers of nevergrad differ in nothing that is ours.
+every_case = pytest.mark.parametrize("case", quick_or_slow(CASES, *QUICK), ids=str)
 every_default = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 
 
@@ -190,7 +193,7 @@ def test_instances_and_global_generators_do_not_disturb_each_other(case: Case) -
     space = reals(4)
     losses = smooth(space)
     context = make_context(space)
-    log = drive(case.make(context), clean(losses), 60)
+    log = drive(case.make(context), clean(losses), count_for(case, 60, 2))
     algorithm, neighbour = case.make(context), case.make(make_context(space, seed=8))
     state, others = np.random.get_state(), random.getstate()
     np.random.seed(len(str(case)))
@@ -266,7 +269,7 @@ def test_last_bits_of_recorded_genomes_do_not_matter(case: Case) -> None:
     space = reals(6)
     losses = smooth(space)
     context = make_context(space)
-    log = drive(case.make(context), clean(losses), 60)
+    log = drive(case.make(context), clean(losses), count_for(case, 60, 2))
     algorithm = case.make(context)
     for entry in log:
         if isinstance(entry, Outcome):
@@ -289,7 +292,7 @@ def test_recorded_genomes_that_are_not_its_own_are_taken_in(case: Case) -> None:
         return Outcome(index, recorded, losses(recorded), own=own)
 
     context = make_context(space)
-    log = drive(case.make(context), evaluate, 80)
+    log = drive(case.make(context), evaluate, count_for(case, 80, 2))
     assert_inside(log, space.low, space.high)
     replay(case.make(context), log)
 

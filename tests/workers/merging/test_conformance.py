@@ -102,15 +102,26 @@ def test_lower_precision_stays_close_to_float64(operator: Operator, dtype: torch
     assert float(off.double().mean()) <= 0.02
 
 
-@every_operator
+# Those cost a kernel that takes seconds to compile; their siblings without a vote select in the same way, and
+# test_kernels.py cuts votes.
+VOTING = ("della", "dare_ties", "breadcrumbs_ties")
+# Those iterate: on matrices of a size that torch already works at with several threads.
+ITERATING = ("doge", "wudi")
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [pytest.param(entry, id=name, marks=[pytest.mark.slow] * (name in VOTING)) for name, entry in OPERATORS.items()],
+)
 def test_neither_threads_nor_blocks_nor_repetition_change_a_bit(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = [tensor.float() for tensor in models(number_of_inputs(operator.info), (300, 501))]
+    shape = (129, 257) if operator.info.name in ITERATING else (300, 501)
+    tensors = [tensor.float() for tensor in models(number_of_inputs(operator.info), shape)]
     row = coefficients(operator.info)
     first = run(operator, tensors, row)
     threads = torch.get_num_threads()
-    for block, count in ((1 << 20, 1), (1 << 20, threads), (1 << 20, 4), (1 << 14, threads), (12288, 3)):
+    for block, count in {(1 << 20, 1), (1 << 20, threads), (1 << 20, 4), (1 << 14, threads), (12288, 3)}:
         monkeypatch.setattr(blocks, "BLOCK", block)
         torch.set_num_threads(count)
         try:
