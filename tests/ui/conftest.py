@@ -64,7 +64,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> It
 
 
 @pytest.fixture
-def start_service(house: Service, tmp_path: Path) -> Iterator[StartService]:
+def start_service(house: Service, tmp_path: Path, sqlite_template: Path) -> Iterator[StartService]:
     """A function that starts a service, which ends with the test.
 
     All tests share one server and its database, since starting one and loading its UI anew take longer than most tests.
@@ -76,6 +76,7 @@ def start_service(house: Service, tmp_path: Path) -> Iterator[StartService]:
 
         def start(*, work: bool = True, fail_every: int = 0, **settings: Any) -> Service:
             if settings:
+                shutil.copy(sqlite_template, tmp_path / "ui.db")
                 return stack.enter_context(running_service(tmp_path, **settings))
             if work:
                 stack.enter_context(house.working(fail_every))

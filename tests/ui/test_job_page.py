@@ -131,7 +131,8 @@ def test_cancel_asks_first(service: Service, tab: Tab, job: JobView) -> None:
     assert service.store.get_job(job.id).state == "cancelled"
 
 
-def test_delete(service: Service, tab: Tab, job: JobView) -> None:
+def test_delete(service: Service, tab: Tab) -> None:
+    job = service.submit(budget={"evaluations": 6})
     tab.expected.append("404")  # what the page was asking for when the job went
     service.finish(job)
     page = open_job(tab, service, job)
