@@ -14,7 +14,7 @@ from optimizer.problem import Problem
 from optimizer.spec import JobSpec
 from workers.endpoint.client import FIELD, EndpointClient
 from workers.endpoint.protocol import EvaluationRequest, EvaluationView, Part, PartView, RepositoryView, read_scores
-from workers.endpoint.questions import Question, Split, questions_of, upload
+from workers.endpoint.questions import Key, Question, Split, questions_of, upload
 from workers.evaluation import Later, measure, result_of
 from workers.evaluators.base import Cancelled, Scores
 from workers.measuring import Measure, attempt, measures_of, timed
@@ -49,7 +49,7 @@ class EndpointWorker:
         self._measures = _measures(spec, problem, view, roots, "data")
         self._tests = Later(partial(_measures, spec, problem, view, roots, "test"))
         self._session: str | None = None
-        self._sets: dict[tuple[str, str], str] = {}
+        self._sets: dict[Key, str] = {}
 
     def evaluate(self, task: Task, cancelled: Callable[[], bool] = lambda: False) -> Result:
         """Return the scores of a candidate, or why it has none; raises as `attempt` does.
@@ -112,10 +112,9 @@ class EndpointWorker:
 
     def _set(self, session: str, question: Question) -> str:
         """What the endpoint calls a question's items, which are uploaded when they are first asked for."""
-        key = question.field, question.split
-        if key not in self._sets:
-            self._sets[key] = question.own or upload(self._client, session, question).digest
-        return self._sets[key]
+        if question.key not in self._sets:
+            self._sets[question.key] = question.own or upload(self._client, session, question).digest
+        return self._sets[question.key]
 
     def _failure(self, view: EvaluationView, cancelled: Callable[[], bool]) -> Failure:
         """Why a candidate has no scores; raises where that is not the candidate's fault."""

@@ -32,6 +32,7 @@ from workers.policy import Policy
 from workers.prepare import prepare
 from workers.roots import NOTHING, Roots
 from workers.start import Worker, start_worker
+from workers.system import give_back
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,10 @@ class LocalPool:
                 out.append(found)
                 found = self._results.get_nowait()
             if not out:
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # it holds this frame, so this frame must not hold it: the worker's models stay with it
             self._results.put(found)  # what is done is handed over first
         return out
 
@@ -125,6 +129,8 @@ class LocalPool:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
+        self._results = queue.SimpleQueue()  # an error that nobody took holds its worker's frame, and that this pool
+        give_back()
 
     def _work(self, spec: JobSpec, problem: Problem, roots: Roots, name: str) -> None:
         try:
@@ -136,16 +142,18 @@ class LocalPool:
 
     def _attempt(self, worker: Worker, task: Task) -> Result:
         """Evaluate a task, again if it took too long; a thread cannot be killed, so evaluators look at the clock."""
-        failure: RetryableError = WorkerLost("the pool was closed")
+        given_up = _given_up(task, self._attempts, WorkerLost("the pool was closed"))
         for _ in range(self._attempts):
             deadline = time.monotonic() + self._timeout_s
             try:
                 return worker.evaluate(task, partial(self._overdue, deadline))
             except RetryableError as error:
-                failure = error if time.monotonic() < deadline else _too_long(self._timeout_s)
+                # Its text, not the error itself: that holds this frame, and would keep the worker with it.
+                late = time.monotonic() >= deadline
+                given_up = _given_up(task, self._attempts, _too_long(self._timeout_s) if late else error)
                 if self._closed.is_set():
                     break
-        return _given_up(task, self._attempts, failure)
+        return given_up
 
     def _overdue(self, deadline: float) -> bool:
         return self._closed.is_set() or time.monotonic() > deadline

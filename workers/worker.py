@@ -49,7 +49,7 @@ class EvaluationWorker:
 
     def __init__(self, spec: JobSpec, problem: Problem, roots: Roots, name: str, *, cache: Cache | None = None) -> None:
         self._name = name
-        self._services = Services.of(spec.workers.count, cache)
+        services = self._services = Services.of(spec.workers.count, cache)
         device = device_of(spec.workers)
         torch.set_num_threads(max(1, int(spec.workers.cpus)))
         checkpoints = align(open_checkpoints(spec, roots), spec.merge.vocabulary)
@@ -69,9 +69,9 @@ class EvaluationWorker:
         self._measures = measures_of(spec, problem, dict(enumerate(evaluators)))
         references = References(self._models, problem.models, cache)
         _provide(references, self._measures)
-        self._tests = Later(
-            lambda: _provide(references, unseen_measures(spec, problem, roots, checkpoints, self._services))
-        )
+        # Without `self`: nothing in a cycle holds models, as they would stay until a collection of garbage, which counts
+        # objects and not their gigabytes.
+        self._tests = Later(lambda: _provide(references, unseen_measures(spec, problem, roots, checkpoints, services)))
         self._objectives = [objective.name for objective in problem.axes]
         groups = make_groups(spec.merge.granularity, problem.layout, spec.merge.frozen)
         self._slopes = Slopes(self._models, engine, groups)

@@ -12,9 +12,10 @@ from optimizer.problem import Finding, Grams, OperatorInfo, PlannedPhase, Proble
 from optimizer.recipe import ModelId
 from optimizer.space import make_space, named_operators
 from optimizer.spec import JobSpec, MergeSpec, ModelRef, Objective
+from workers.data import Rows
 from workers.endpoint.client import FIELD, EndpointClient
 from workers.endpoint.protocol import RepositoryView, SetView
-from workers.endpoint.questions import SPLITS, Question, own_set, questions_of, upload
+from workers.endpoint.questions import SPLITS, Key, Question, own_set, questions_of, upload
 from workers.evaluators.base import EVALUATORS
 from workers.merging.nodes import check_nodes
 from workers.roots import Roots
@@ -113,13 +114,16 @@ def _check_splits(spec: JobSpec, questions: Mapping[int, Question], tests: Mappi
                 )
     check_disjoint(
         [
-            Splits(objective.name, question.rows, test.rows if test else None, roles)
+            _split(number, objective, rows, tests.get(number))
             for number, objective in enumerate(spec.objectives)
-            if (question := questions[number]).rows is not None
-            for test in (tests.get(number),)
-            for roles in (tuple(EVALUATORS.find(objective.evaluator, f"objectives.{number}.evaluator").columns),)
+            if (rows := questions[number].rows) is not None
         ]
     )
+
+
+def _split(number: int, objective: Objective, rows: Rows, test: Question | None) -> Splits:
+    columns = EVALUATORS.find(objective.evaluator, f"objectives.{number}.evaluator").columns
+    return Splits(objective.name, rows, None if test is None else test.rows, tuple(columns))
 
 
 def _check_workers(spec: JobSpec, view: RepositoryView) -> None:
@@ -149,7 +153,7 @@ def _resolved(
 ) -> list[ResolvedObjective]:
     found = _sets(spec, client, view, [*questions.values(), *tests.values()])
     return [
-        _objective(number, objective, found[id(questions[number])], questions[number], tests.get(number), view)
+        _objective(number, objective, found[questions[number].key], questions[number], tests.get(number), view)
         for number, objective in enumerate(spec.objectives)
     ]
 
@@ -189,18 +193,18 @@ def _objective(
 
 def _sets(
     spec: JobSpec, client: EndpointClient, view: RepositoryView, questions: Sequence[Question]
-) -> dict[int, SetView]:
-    """What the server makes of each question's items, by the question's `id`."""
+) -> dict[Key, SetView]:
+    """What the server makes of each question's items."""
     session: str | None = None
-    out: dict[int, SetView] = {}
+    out: dict[Key, SetView] = {}
     try:
         for question in questions:
             if question.own is not None:
                 objective = spec.objectives[int(question.field.rpartition(".")[2])]
-                out[id(question)] = own_set(objective, question.field, view, question.split)
-            elif id(question) not in out:
+                out[question.key] = own_set(objective, question.field, view, question.split)
+            elif question.key not in out:
                 session = session or client.open_session().id
-                out[id(question)] = upload(client, session, question)
+                out[question.key] = upload(client, session, question)
     finally:
         if session is not None:
             client.close_session(session)

@@ -24,6 +24,7 @@ _OF_ROWS = ("rows", "set.columns")  # what the server calls the items, in errors
 
 Split = Literal["data", "test"]
 SPLITS: tuple[Split, Split] = ("data", "test")
+Key = tuple[str, Split]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Question:
     count: int
     positions: tuple[int, ...] | None = None
 
+    @property
+    def key(self) -> Key:
+        """The same for all parts of a question."""
+        return self.field, self.split
+
     def __len__(self) -> int:
         return self.count if self.positions is None else len(self.positions)
 
@@ -62,7 +68,8 @@ class Question:
         """Return which items to ask for: as many as the owner wants at least, further ones by ``order``; None for all."""
         if self.positions is None or max(len(self.positions), fewest) >= self.count:
             return None
-        more = (int(item) for item in order if item not in set(self.positions))
+        known = set(self.positions)
+        more = (int(item) for item in order if item not in known)
         return [*self.positions, *islice(more, max(0, fewest - len(self.positions)))]
 
 
