@@ -45,6 +45,30 @@ def factory(request: pytest.FixtureRequest, root: Path) -> Iterator[PoolFactory]
     factory.close()
 
 
+# A worker on Ray takes many seconds to start. What two tests of it would show in the same way, one shows quickly.
+quick_here_slow_on_ray = pytest.mark.parametrize(
+    "factory",
+    ["local", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])],
+    indirect=True,
+    scope="module",
+)
+only_on_ray = pytest.mark.parametrize(
+    "factory", [pytest.param("ray", marks=pytest.mark.ray)], indirect=True, scope="module"
+)
+
+Opened = tuple[JobSpec, Problem, EvaluationPool]
+
+
+@pytest.fixture(scope="module")
+def opened(factory: PoolFactory, root: Path) -> Iterator[Opened]:
+    """A pool for all tests that leave it as they found it, with nothing under way."""
+    spec = job(root, count=2)
+    problem = factory.prepare(spec)
+    pool = factory.open(spec, problem)
+    yield spec, problem, pool
+    pool.close()
+
+
 def job(root: Path, data: str = "quick", **workers: Any) -> JobSpec:
     objectives = [
         {
@@ -63,7 +87,7 @@ def job(root: Path, data: str = "quick", **workers: Any) -> JobSpec:
             "merge": {"heads": ["classifier.*", "*pooler.*"]},
             "objectives": objectives,
             "budget": {"evaluations": 10},
-            "workers": workers,
+            "workers": {"cpus": 0.25} | workers,  # one pool stays open beside the others, on however few cores
         }
     )
 
@@ -111,11 +135,11 @@ def test_workers_keep_what_operators_prepare_for_each_other(factory: PoolFactory
     assert kept and all(path.suffix == ".safetensors" for path in kept)
 
 
-def test_every_task_comes_back_once_with_the_same_scores_from_every_kind_of_pool(
-    factory: PoolFactory, root: Path
-) -> None:
-    spec = job(root, count=2)
-    found = run(factory, spec, lambda spec, problem: tasks(spec, problem, 10))
+def test_every_task_comes_back_once_with_the_same_scores_from_every_kind_of_pool(opened: Opened, root: Path) -> None:
+    spec, problem, pool = opened
+    for task in tasks(spec, problem, 10):
+        pool.submit(task)
+    found = drain(pool, 10)
     one = run(LocalPoolFactory([root]), job(root), lambda spec, problem: tasks(spec, problem, 10))
     for index, result in found.items():
         assert result.failure is None
@@ -124,32 +148,45 @@ def test_every_task_comes_back_once_with_the_same_scores_from_every_kind_of_pool
             np.testing.assert_array_equal(result.scores[name].values, one[index].scores[name].values)
 
 
-def test_a_bad_recipe_fails_alone(factory: PoolFactory, root: Path) -> None:
-    def make(spec: JobSpec, problem: Problem) -> list[Task]:
-        good, bad, other = tasks(spec, problem, 3)
-        recipe = dict(bad.recipe)
-        recipe["root"] = {**recipe["root"], "operator": "blend"}
-        return [good, Task(bad.index, recipe), other]
-
-    found = run(factory, job(root), make)
+def test_a_bad_recipe_fails_alone(opened: Opened) -> None:
+    spec, problem, pool = opened
+    good, bad, other = tasks(spec, problem, 3)
+    recipe = dict(bad.recipe)
+    recipe["root"] = {**recipe["root"], "operator": "blend"}
+    for task in (good, Task(bad.index, recipe), other):
+        pool.submit(task)
+    found = drain(pool, 3)
     assert [found[index].failure is None for index in range(3)] == [True, False, True]
     failure = found[1].failure
     assert failure is not None
     assert "blend" in failure.message
 
 
-def test_an_evaluation_that_takes_too_long_is_given_up(factory: PoolFactory, root: Path) -> None:
+@pytest.mark.parametrize("attempts", [1, 2])
+@quick_here_slow_on_ray
+def test_an_evaluation_that_takes_too_long_is_given_up(factory: PoolFactory, root: Path, attempts: int) -> None:
+    too_long(factory, root, attempts)
+
+
+@only_on_ray
+def test_an_evaluation_that_takes_too_long_on_ray_is_given_up_at_once(factory: PoolFactory, root: Path) -> None:
+    """That a task goes to a new worker shows below, where one dies."""
+    too_long(factory, root, attempts=1)
+
+
+def too_long(factory: PoolFactory, root: Path, attempts: int) -> None:
     found = run(
         factory,
-        job(root, "data", timeout_s=0.02, attempts=2),
+        job(root, "data", timeout_s=0.02, attempts=attempts),
         lambda spec, problem: tasks(spec, problem, 1),
     )
     failure = found[0].failure
     assert failure is not None
     assert failure.code == "evaluation_timeout"
-    assert "2 attempts" in failure.message
+    assert f"{attempts} attempts" in failure.message
 
 
+@quick_here_slow_on_ray
 def test_close_drops_what_is_under_way(factory: PoolFactory, root: Path) -> None:
     spec = job(root, "data")
     problem = factory.prepare(spec)
@@ -168,23 +205,18 @@ def drain_one(pool: EvaluationPool) -> None:
         pass
 
 
-def test_withdraw_takes_back_what_no_worker_has_begun(factory: PoolFactory, root: Path) -> None:
-    spec = job(root)
-    problem = factory.prepare(spec)
-    pool = factory.open(spec, problem)
-    try:
-        first, *others = tasks(spec, problem, 20)
-        pool.submit(first)
-        drain(pool, 1)
-        for task in others:
-            pool.submit(task)
-        taken = pool.withdraw()
-        found = drain(pool, len(others) - len(taken))
-        assert taken
-        assert set(taken) | set(found) == {task.index for task in others}
-        assert not set(taken) & set(found)
-    finally:
-        pool.close()
+def test_withdraw_takes_back_what_no_worker_has_begun(opened: Opened) -> None:
+    spec, problem, pool = opened
+    first, *others = tasks(spec, problem, 20)
+    pool.submit(first)
+    drain(pool, 1)
+    for task in others:
+        pool.submit(task)
+    taken = pool.withdraw()
+    found = drain(pool, len(others) - len(taken))
+    assert taken
+    assert set(taken) | set(found) == {task.index for task in others}
+    assert not set(taken) & set(found)
 
 
 def test_a_node_with_other_files_is_no_worker_of_the_job(factory: PoolFactory, root: Path) -> None:
@@ -200,6 +232,7 @@ def test_a_node_with_other_files_is_no_worker_of_the_job(factory: PoolFactory, r
         pool.close()
 
 
+@quick_here_slow_on_ray
 def test_a_job_that_no_worker_can_load_ends_with_its_reason(factory: PoolFactory, root: Path) -> None:
     spec = job(root)
     problem = factory.prepare(spec)
@@ -233,14 +266,13 @@ def test_objectives_that_differ_in_the_metric_alone_share_a_pass(root: Path) -> 
     assert set(np.unique(result.scores["accuracy"].values)) <= {0.0, 1.0}
 
 
-@pytest.mark.ray
-def test_a_dead_worker_costs_its_evaluation_and_a_new_one_takes_over(root: Path) -> None:
-    factory = RayPoolFactory([root])
+@only_on_ray
+def test_a_dead_worker_costs_its_evaluation_and_a_new_one_takes_over(factory: PoolFactory, root: Path) -> None:
     spec = job(root, "data", count=1)
     problem = factory.prepare(spec)
     pool = factory.open(spec, problem)
     try:
-        first, second = tasks(spec, problem, 2)
+        first, second, *others = tasks(spec, problem, 50)
         pool.submit(first)
         worker = drain(pool, 1)[0].worker
         pool.submit(second)
@@ -248,6 +280,10 @@ def test_a_dead_worker_costs_its_evaluation_and_a_new_one_takes_over(root: Path)
         again = drain(pool, 1)[1]
         assert again.failure is None
         assert again.worker != worker
+        for task in others:
+            pool.submit(task)
+        began = time.monotonic()
+        pool.close()
+        assert time.monotonic() - began < 30, "closing must not wait for the 48 others"
     finally:
         pool.close()
-        factory.close()
