@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from optimizer.algorithms.base import ALGORITHMS, Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.expert_scales import SHARE, expert_columns
 from optimizer.problem import PlannedPhase, Problem
-from optimizer.space import make_space
+from optimizer.space import SearchSpace, make_space
 from optimizer.spec import AlgorithmSpec, JobSpec
 
 _FEW_VARIABLES = 100
-_FEW_EVALUATIONS = 250
+_UNKNOWN_BUDGET = 2500
 _MANY_EXPERTS = 12
 _KEPT_EXPERTS = 8
 _MANY_OBJECTIVES = 4
 _BASELINES_SHARE = 0.1
-_MODELLED_VARIABLES = 30
+_MANY_IN_FLIGHT = 16
+"""With 32 at once CMA-ES beats local models, which then know little of what they step from; with 8 these are ahead."""
+_FOR_FEW = {"bayesian": 250, "trust_region": 500}
+"""Searches that stop paying after so many evaluations."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class _Features:
 
     Attributes:
         objectives, variables, experts: how many there are.
+        discrete: how many of the variables are integers or choices.
         evaluations: the budget.
         differentiable: whether all objectives have slopes.
         asynchronous: whether outcomes are told in any order.
-        columns: how many experts have coefficients of their own, which CMA-ES probes; 0 where none have.
-        known: warm starts that are evaluated before anything else.
+        columns: how many experts have coefficients of their own, which are probed; 0 where none have.
+        parallel: evaluations in flight at once.
     """
 
     objectives: int
@@ -42,7 +44,8 @@ class _Features:
     differentiable: bool
     asynchronous: bool = False
     columns: int = 0
-    known: int = 0
+    parallel: int = 1
+    discrete: int = 0
 
 
 @algorithm("auto")
@@ -63,8 +66,10 @@ class Auto(Algorithm):
             objectives=context.objectives,
             variables=space.dim,
             experts=0,
-            evaluations=context.budget or 10 * _FEW_EVALUATIONS,
+            evaluations=context.budget or _UNKNOWN_BUDGET,
             differentiable=False,
+            parallel=context.parallel,
+            discrete=_discrete(space),
         )
         cls = ALGORITHMS[_search(features)[0].name]
         self._inner = cls(context, cls.Options())
@@ -84,7 +89,8 @@ class Auto(Algorithm):
                 differentiable=all(objective.differentiable for objective in problem.axes),
                 asynchronous=spec.asynchronous,
                 columns=0 if columns is None else int(columns.max()) + 1,
-                known=len(spec.warm_starts.candidates) + len(space.warm_starts(spec)),
+                parallel=spec.in_flight,
+                discrete=_discrete(space),
             )
         )
 
@@ -107,6 +113,10 @@ class Auto(Algorithm):
         self._inner.tell(outcome)
 
 
+def _discrete(space: SearchSpace) -> int:
+    return sum(variable.kind != "real" for variable in space.variables)
+
+
 def _plan(features: _Features) -> list[PlannedPhase]:
     phases: list[PlannedPhase] = []
     left = features.evaluations
@@ -115,14 +125,13 @@ def _plan(features: _Features) -> list[PlannedPhase]:
     if first is not None:
         phases.append(first)
         left -= first.evaluations
-        features = replace(features, known=0)
     if features.experts >= _MANY_EXPERTS and features.differentiable and left >= 4 * features.experts:
         spent = max(1, left // 4)
         why = f"Frank-Wolfe chooses among {features.experts} experts by one backward pass for each step"
         phases.append(PlannedPhase(algorithm=AlgorithmSpec(name="frank_wolfe"), evaluations=spent, why=why))
         left -= spent
         kept = _KEPT_EXPERTS
-        features = replace(features, known=0, columns=min(features.columns, kept))
+        features = replace(features, columns=min(features.columns, kept))
     for chosen, spent, why in _searches(replace(features, evaluations=left)):
         phases.append(PlannedPhase(algorithm=chosen, evaluations=spent, keep_experts=kept, why=why))
     return phases
@@ -147,38 +156,15 @@ def _baselines(features: _Features) -> PlannedPhase | None:
 def _searches(features: _Features) -> list[tuple[AlgorithmSpec, int, str]]:
     """The main searches, how many evaluations each gets, and why; those that sketch are followed by one that polishes."""
     chosen, why = _search(features)
-    if chosen.name != "bayesian":
+    if chosen.name not in _FOR_FEW:
         return [(chosen, features.evaluations, why)]
-    sketched = min(features.evaluations, _FEW_EVALUATIONS)
-    probing = _probing(features, sketched)
-    found = []
-    if probing:
-        reason = f"{why}: each of {features.columns} experts is probed, as one that does not belong spoils every merge"
-        if probing == sketched:
-            return [(_evolution(features), features.evaluations, reason)]
-        found.append((_evolution(features), probing, reason))
-    if probing < sketched:
-        reason = f"{why}: a model of the objectives finds good merges in few evaluations"
-        found.append((chosen, sketched - probing, reason))
-    left = features.evaluations - sketched
+    spent = min(features.evaluations, _FOR_FEW[chosen.name])
+    found = [(chosen, spent, why)]
+    left = features.evaluations - spent
     if left:
         reason = f"{left} more evaluations than a model needs: evolution goes on from what it found"
         found.append((_evolution(features), left, reason))
     return found
-
-
-def _probing(features: _Features, sketched: int) -> int:
-    """Evaluations of CMA-ES before the model: half of them, and enough for probes and a generation; 0 for none.
-
-    It keeps all where less than a generation would be left, or where there are many variables: with 48 a model that came
-    after it reached less than CMA-ES alone (0.405 against 0.345 after 200 evaluations), with 24 more (0.330 against 0.371).
-    """
-    if features.objectives > 1 or features.columns < 2:
-        return 0
-    probes, generation = features.columns + 1, 4 + int(3 * np.log(features.variables))
-    spent = max(sketched // 2, features.known + probes + generation)
-    spent = sketched if spent > sketched - generation or features.variables > _MODELLED_VARIABLES else spent
-    return spent if probes <= SHARE * spent else 0
 
 
 def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
@@ -188,9 +174,16 @@ def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
     why = f"{objectives}, {size}"
     if features.objectives >= _MANY_OBJECTIVES:
         return AlgorithmSpec(name="nsga3"), why
-    if features.variables <= _FEW_VARIABLES:
-        return AlgorithmSpec(name="bayesian"), why
-    return _evolution(features), why
+    if features.variables > _FEW_VARIABLES:
+        return _evolution(features), why
+    if features.objectives == 1 and features.parallel > _MANY_IN_FLIGHT:
+        return _evolution(features), f"{why}, {features.parallel} evaluations at once"
+    if features.objectives > 1 or 2 * features.discrete > features.variables:
+        return AlgorithmSpec(name="bayesian"), f"{why}: a model of the objectives finds good merges in few evaluations"
+    probes = features.columns + 1
+    if features.columns >= 2 and probes <= SHARE * features.evaluations:
+        why = f"{why}: each of {features.columns} experts is probed, as one that does not belong spoils every merge"
+    return AlgorithmSpec(name="trust_region"), f"{why}; local models find good merges in few evaluations"
 
 
 def _evolution(features: _Features) -> AlgorithmSpec:

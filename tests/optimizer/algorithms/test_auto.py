@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from optimizer.algorithms import ALGORITHMS
 from optimizer.algorithms.auto import Auto
 from optimizer.phases import plan
 from optimizer.problem import PlannedPhase
 from tests.factories import make_problem, make_spec
-from tests.optimizer.algorithms.driving import make_context, reals
+from tests.optimizer.algorithms.driving import make_context, mixed, reals
 
 
 def planned(experts: int = 2, objectives: int = 1, evaluations: int = 200, **changes: Any) -> list[PlannedPhase]:
@@ -59,9 +60,10 @@ def test_frank_wolfe_chooses_among_many_experts() -> None:
     assert "frank_wolfe" not in names(planned(experts=4, evaluations=1000))
 
 
-def test_a_model_first_and_evolution_for_long_budgets() -> None:
-    assert names(planned(evaluations=200))[-1] == "bayesian"
-    assert names(planned(evaluations=2000))[-2:] == ["bayesian", "cma_es"]
+def test_local_models_first_and_evolution_for_long_budgets() -> None:
+    assert names(planned(evaluations=200))[-1] == "trust_region"
+    assert names(planned(evaluations=2000))[-2:] == ["trust_region", "cma_es"]
+    assert names(planned(objectives=2, evaluations=200))[-1] == "bayesian"
     assert names(planned(objectives=2, evaluations=2000))[-2:] == ["bayesian", "moead"]
     assert names(planned(objectives=5, evaluations=2000))[-1] == "nsga3"
     assert planned(evaluations=2000, asynchronous=True)[-1].algorithm.options == {"close_after": 0.75}
@@ -69,23 +71,26 @@ def test_a_model_first_and_evolution_for_long_budgets() -> None:
     assert names(many)[-1] == "cma_es"
 
 
-def test_experts_are_probed_first_where_there_are_several() -> None:
-    phases = planned(experts=4, evaluations=200)
-    assert names(phases) == ["baselines", "cma_es", "bayesian"]
-    assert "each of 4 experts is probed" in phases[1].why
-    assert phases[1].evaluations >= phases[2].evaluations
-    few = planned(experts=6, evaluations=50)
-    assert names(few) == ["cma_es", "bayesian"]
-    assert few[0].evaluations == 28, "eight warm starts, seven probes and a generation of thirteen"
-    assert names(planned(experts=8, evaluations=20)) == ["bayesian"], "too few to probe eight experts"
-    assert "cma_es" not in names(planned(experts=4, objectives=2, evaluations=200))
+def test_evolution_where_very_many_are_evaluated_at_once() -> None:
+    at_once = planned(evaluations=200, parallel_evaluations=32)
+    assert names(at_once)[-1] == "cma_es"
+    assert "32 evaluations at once" in at_once[-1].why
+    assert names(planned(evaluations=200, parallel_evaluations=8))[-1] == "trust_region"
 
 
-@pytest.mark.parametrize("evaluations", [50, 200, 2000])
-def test_with_many_coefficients_evolution_goes_on_alone(evaluations: int) -> None:
-    phases = planned(experts=8, evaluations=evaluations)
-    assert [name for name in names(phases) if name != "baselines"] == ["cma_es"]
-    assert "each of 8 experts is probed" in phases[-1].why
+def test_choices_are_modelled_in_full() -> None:
+    found = Auto(make_context(mixed(), budget=50), Auto.Options())
+    assert isinstance(found._inner, ALGORITHMS["bayesian"])
+
+
+@pytest.mark.parametrize("experts", [4, 6, 8])
+def test_experts_are_probed_where_there_are_several(experts: int) -> None:
+    phases = planned(experts=experts, evaluations=200)
+    assert names(phases) == ["baselines", "trust_region"]
+    assert f"each of {experts} experts is probed" in phases[1].why
+    few = planned(experts=8, evaluations=20)
+    assert names(few) == ["trust_region"]
+    assert "probed" not in few[0].why, "too few evaluations to probe eight experts"
 
 
 def test_probes_are_of_the_experts_that_are_kept() -> None:
