@@ -46,11 +46,13 @@ def test_every_plan_spends_the_budget_and_says_why(experts: int, objectives: int
 
 
 def test_by_hand_first_where_it_costs_little() -> None:
-    assert names(planned(evaluations=50))[0] == "baselines"
-    assert "baselines" not in names(planned(experts=8, evaluations=30))
-    assert "baselines" not in names(planned(experts=8, evaluations=50))
-    assert planned(experts=8, evaluations=90)[0].algorithm.options["include"] == ["models", "uniform", "greedy_soup"]
-    assert planned(experts=8, evaluations=500)[0].algorithm.options == {}
+    assert names(planned(objectives=2, evaluations=50))[0] == "baselines"
+    assert "baselines" not in names(planned(objectives=2, experts=8, evaluations=50))
+    assert "baselines" not in names(planned(experts=8, evaluations=200))
+    greedy = ["models", "uniform", "greedy_soup"]
+    assert planned(objectives=2, experts=8, evaluations=90)[0].algorithm.options["include"] == greedy
+    assert planned(experts=8, evaluations=300)[0].algorithm.options["include"] == greedy
+    assert planned(experts=8, evaluations=2000)[0].algorithm.options == {}
 
 
 def test_frank_wolfe_chooses_among_many_experts() -> None:
@@ -86,8 +88,8 @@ def test_choices_are_modelled_in_full() -> None:
 @pytest.mark.parametrize("experts", [4, 6, 8])
 def test_experts_are_probed_where_there_are_several(experts: int) -> None:
     phases = planned(experts=experts, evaluations=200)
-    assert names(phases) == ["baselines", "trust_region"]
-    assert f"each of {experts} experts is probed" in phases[1].why
+    assert names(phases)[-1] == "trust_region"
+    assert f"each of {experts} experts is probed" in phases[-1].why
     few = planned(experts=8, evaluations=20)
     assert names(few) == ["trust_region"]
     assert "probed" not in few[0].why, "too few evaluations to probe eight experts"
