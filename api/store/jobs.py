@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from datetime import datetime
 
 from sqlalchemy import delete, select, tuple_
@@ -13,7 +14,7 @@ from api.store.columns import utc_now
 from api.store.engine import Database
 from api.store.models import ExportRow, JobRow
 from api.views import EventView, JobSummary, JobView, ObjectiveView, Page
-from optimizer.errors import Conflict
+from optimizer.errors import Conflict, InvalidInput
 from optimizer.ports import JobState, Request
 from optimizer.spec import JobSpec, RaisedBudget
 
@@ -94,6 +95,7 @@ class Jobs(Database):
         Raises:
             NotFound: no such job.
             Conflict: the job is over, or is running and should get another budget.
+            InvalidInput: as much as the budget is spent already.
         """
         with self.write() as session:
             job = lifecycle.lock_job(session, job_id)
@@ -105,6 +107,7 @@ class Jobs(Database):
             if budget is not None and (changes := budget.model_dump(exclude_none=True)):
                 if job.state not in ("paused", "failed") or lifecycle.is_held(job, now):
                     raise Conflict("the job is not paused", remedy="pause it first, then resume it with another budget")
+                _check_raised(changes, job.cost or {})
                 job.spec = {**job.spec, "budget": {**job.spec["budget"], **changes}}
             job.requested = request
             if not lifecycle.is_held(job, now):
@@ -141,6 +144,16 @@ class Jobs(Database):
             if job_id is not None:
                 lifecycle.find_job(session, job_id)
             return events.read(session, job_id, after, limit)
+
+
+def _check_raised(budget: Mapping[str, float], spent: Mapping[str, float]) -> None:
+    for part, amount in budget.items():
+        if amount <= spent.get(part, 0.0):
+            raise InvalidInput(
+                f"{spent[part]:g} of {amount:g} are spent, so the job could not go on",
+                field=f"budget.{part}",
+                remedy=f"give more than {spent[part]:g}",
+            )
 
 
 def _new_job(spec: JobSpec, key: str | None, cloned_from: str | None) -> JobRow:

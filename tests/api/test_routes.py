@@ -14,6 +14,8 @@ from api.settings import Settings
 from api.store.sql import SqlStore
 from api.views import CandidateView, FrontView, JobView, Progression
 from optimizer.algorithms.base import ALGORITHMS
+from optimizer.fitness.cost import Cost
+from optimizer.ports import Evaluation, Failure
 from optimizer.space import SPACES
 from optimizer.spec import JobSpec
 from tests.api.conftest import Runner, Service, running, spec_json
@@ -159,6 +161,21 @@ def test_a_paused_job_resumes_with_another_budget(http: httpx.Client, store: Sql
     http.post(f"{path}/pause")
     http.post(f"{path}/resume", json={"budget": {"money": 7}})
     assert store.get_job(queued.id).spec["budget"] == before | {"money": 7.0, "requests": 100.0}
+
+
+def test_a_budget_that_is_spent_already_is_refused(http: httpx.Client, store: SqlStore, queued: JobView) -> None:
+    runner = Runner(store, queued.id)
+    (index,) = runner.propose()
+    failure = Failure("infeasible", "loss is nan")
+    store.add_evaluation(runner.lease, Evaluation(index, None, failure=failure, cost=Cost(requests=6, tokens=40)))
+    runner.finish("paused", "the budget of 6 requests is spent")
+    before = http.get(f"/jobs/{queued.id}").json()
+    assert (before["state"], before["progress"]["cost"]["requests"]) == ("paused", 6)
+    for wrong, field in (({"requests": 6}, "requests"), ({"requests": 9, "tokens": 30}, "tokens")):
+        error = check_error(http.post(f"/jobs/{queued.id}/resume", json={"budget": wrong}), 422, "invalid_input")
+        assert error.field == f"budget.{field}"
+    assert http.get(f"/jobs/{queued.id}").json() == before
+    assert http.post(f"/jobs/{queued.id}/resume", json={"budget": {"requests": 7}}).status_code == 202
 
 
 def test_steering_a_running_job_is_a_request(http: httpx.Client, store: SqlStore, queued: JobView) -> None:
