@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 Losses = Callable[[Array], Array]
 
 EVALUATIONS = (30, 100, 200)
-SURROGATES = ("bayesian", "forest", "map")
+SURROGATES = ("bayesian", "forest", "map", "trust_region")
 PEERS = ("cma_es", "random")
 EXPERTS = 5
 TASKS = 3
