@@ -78,8 +78,5 @@ def unknown(steps: Matrix, dim: int) -> Vector:
     """
     lengths = np.linalg.norm(steps, axis=1)
     directions = steps[lengths > 0] / lengths[lengths > 0, None]
-    if not len(directions):
-        return np.ones(dim)
-    inner = directions @ directions.T + _UNCERTAIN * np.eye(len(directions))
-    explained = np.einsum("nd,nd->d", directions, np.linalg.solve(inner, directions))
-    return np.asarray(1.0 - explained, dtype=np.float64)
+    precision = directions.T @ directions / _UNCERTAIN + np.eye(dim)
+    return np.array(np.diag(np.linalg.inv(precision)))
