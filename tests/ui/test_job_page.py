@@ -163,9 +163,9 @@ def test_open_a_candidate_from_the_plot(service: Service, tab: Tab, job: JobView
     expect(panel.get_by_role("heading", level=3)).to_have_text("#1 · language")
     assert page.url.endswith("?candidate=1")
     heat = panel.get_by_role("table", name="Coefficients of task_arithmetic")
-    assert heat.locator("tbody th").all_inner_texts() == ["input", *(f"layer {n}" for n in range(6)), "output"]
-    assert heat.locator("thead th").all_inner_texts() == ["language", "polarity", "continent"]
-    assert heat.locator("tbody tr").first.locator("td").all_inner_texts() == ["1.00", "0.00", "0.00"]
+    expect(heat.locator("tbody th")).to_have_text(["input", *(f"layer {n}" for n in range(6)), "output"])
+    expect(heat.locator("thead th")).to_have_text(["language", "polarity", "continent"])
+    expect(heat.locator("tbody tr").first.locator("td")).to_have_text(["1.00", "0.00", "0.00"])
     expect(panel).to_contain_text("60 items · mean")
     expect(panel).to_contain_text("of 60 items score 1")
 
@@ -383,7 +383,7 @@ def test_what_is_best_is_shown_on_test_items_too(service: Service, tab: Tab) -> 
     expect(panel.get_by_role("heading", name="On items the search never saw")).to_be_visible()
     expect(panel).to_contain_text("Overfitted: language, polarity")
     table = panel.locator(".verification table")
-    assert table.locator("tbody th").all_inner_texts() == ["language", "polarity", "continent"]
+    expect(table.locator("tbody th")).to_have_text(["language", "polarity", "continent"])
     found = front.verification.test["language"]
     expect(table.locator("tbody tr").first).to_contain_text(f"{found.low:.4f} to {found.high:.4f}")
     expect(panel.get_by_role("heading", name="Scores of the test items")).to_be_visible()

@@ -194,7 +194,7 @@ def test_ranges_are_as_high_as_they_are_long(job: Callable[[], tuple[Service, Jo
     expect(page.locator(".heatmap .readout").first).to_have_text("parameters 16 to 112 · polarity: 0.25000")
     page.get_by_text("Numbers", exact=True).click()
     numbers = page.get_by_role("table", name="Coefficients of task_arithmetic")
-    assert numbers.locator("tbody tr").nth(1).locator("td").all_inner_texts() == ["0.06", "0.25", "0.44"]
+    expect(numbers.locator("tbody tr").nth(1).locator("td")).to_have_text(["0.06", "0.25", "0.44"])
     expect(page.get_by_role("img", name="in 3 ranges of the parameters")).to_be_visible()
 
 
