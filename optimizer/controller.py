@@ -190,12 +190,10 @@ class JobRun:
                 return "cancelled", None
             if self._stop.is_set():
                 return None
-            halt = _halt(search, keeper, self._pause or (None if search.finished else self._spending.exhausted))
+            halt = _halt(search, keeper, self._pause or self._spent(search))
             if halt is None:
                 self._take_enqueued(search)
-                # What is known already costs no evaluation, and may lead to more at once.
-                while new := search.next():
-                    self._add(search, new)
+                self._propose(search)
                 self._dispatch(search, pool)
                 if search.finished and self._verify(search, pool):
                     return "completed", search.stop_reason
@@ -203,6 +201,18 @@ class JobRun:
                 return halt
             for result in pool.wait(self._config.poll_s if self._dispatched or self._verified else 0.0):
                 self._take(search, result)
+
+    def _propose(self, search: Search) -> None:
+        # What is known already costs no evaluation, and may lead to more at once.
+        while new := search.next():
+            self._add(search, new)
+
+    def _spent(self, search: Search) -> str | None:
+        """Which budget is spent, where anything is left to be paid for."""
+        spent = self._spending.exhausted
+        if spent is not None and not search.waiting:
+            self._propose(search)  # the outcome that spent it may be the last that the search waited for
+        return None if search.finished else spent
 
     def _wind_up(self, search: Search, pool: EvaluationPool, state: JobState) -> bool:
         """Finish what is in flight; return whether the job may stop now."""

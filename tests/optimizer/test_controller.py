@@ -16,7 +16,7 @@ from api.views import JobView
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.errors import JobError, Unavailable, WorkerLost
 from optimizer.fitness.aggregate import ItemScores
-from optimizer.fitness.cost import Cost
+from optimizer.fitness.cost import FREE, Cost
 from optimizer.ports import EvaluationPool, Failure, Result, Task
 from optimizer.problem import Problem
 from optimizer.spec import CandidateInput, JobSpec
@@ -38,6 +38,7 @@ class Pools:
     open_error: Exception | None = None
     prepared: Callable[[JobSpec], Problem] = make_problem
     delay_s: float = 0.0
+    cost: Cost = FREE
     evaluated: list[int] = field(default_factory=list)
 
     def prepare(self, spec: JobSpec) -> Problem:
@@ -72,7 +73,8 @@ class _Pool:
             return [Result(task.index, pause=found, cost=Cost(requests=2))]
         if isinstance(found, Failure):
             return [Result(task.index, failure=found)]
-        return [Result(task.index, {n: ItemScores(np.full(4, v, dtype=np.float32)) for n, v in found.items()})]
+        scores = {n: ItemScores(np.full(4, v, dtype=np.float32)) for n, v in found.items()}
+        return [Result(task.index, scores, cost=self._pools.cost)]
 
     def withdraw(self) -> list[int]:
         out = [task.index for task in self._todo]
@@ -98,6 +100,15 @@ def test_a_job_runs_to_the_end_of_its_budget(store: SqlStore) -> None:
     assert (job.state, job.progress.completed, job.progress.failed) == ("completed", 20, 0)
     assert job.reason == "the budget of 20 evaluations is spent"
     assert not controller(store, Pools()).run_next()
+
+
+def test_a_budget_that_is_just_enough_completes_the_job(store: SqlStore) -> None:
+    pools = Pools(cost=Cost(requests=2))
+    enough = run(store, pools, budget={"evaluations": 20, "requests": 40})
+    assert (enough.state, enough.reason) == ("completed", "the budget of 20 evaluations is spent")
+    short = run(store, pools, budget={"evaluations": 20, "requests": 38})
+    assert (short.state, short.reason) == ("paused", "the budget of 38 requests is spent")
+    assert short.progress.completed == 19
 
 
 @pytest.mark.parametrize("bad", [Failure("out_of_memory", "no"), {"language": float("nan"), "polarity": 0.0}, {}])
