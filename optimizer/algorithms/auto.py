@@ -19,7 +19,7 @@ _MANY_OBJECTIVES = 5
 _BASELINES_SHARE = 0.03
 """Models learn more from as many evaluations of their own: with a greedy soup first, which took 8 % of 50 and 4 % of 200
 evaluations, the loss was 0.457 for 0.424 on digits-4 and 0.319 for 0.280 on digits-8; with all of it, which took 14 %, a
-front of two objectives had 0.48 for 0.89 of the hypervolume on digits-4."""
+front of four objectives had 0.48 for 0.89 of the hypervolume on digits-4."""
 _MODELLED_VARIABLES = 30
 """With four objectives: after 200 evaluations of 24 variables 0.89 (`moead` 0.53, `nsga3` 0.49), of 48 variables 0.74
 (0.86, 0.75)."""

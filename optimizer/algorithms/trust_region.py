@@ -140,7 +140,7 @@ class TrustRegionSearch(SurrogateSearch):
             self._probes = self._make_probes()
             if self._probes is not None:
                 # Where it begins is known, unless nothing is.
-                self._first = self._probes.genomes[1 if self._measured().measured.any() else 0 :]
+                self._first = self._probes.genomes[1 if len(self._measured()) else 0 :]
         if self._probes is not None and number >= len(self._first):
             self._scales = self._read(self._probes)
 
@@ -152,8 +152,7 @@ class TrustRegionSearch(SurrogateSearch):
         observed = self._measured()
         start = self.context.start
         if len(observed):
-            best = int(np.argmin(_values(observed, self.context.weights)))
-            start = self.encoding.genome(self.encoding.repair(observed.units[best][None])[0])
+            start = self.encoding.genome(self._best(observed, _values(observed, self.context.weights)))
         return Probes(self.context.space, columns, start)
 
     def _read(self, probes: Probes) -> Vector:
@@ -207,16 +206,20 @@ class TrustRegionSearch(SurrogateSearch):
         if not len(observed):
             return None
         values = _values(observed, self.context.weights)
-        centre = self._whole(observed.units[int(np.argmin(values))])
-        alike = self._alike(observed.units, centre)
-        distances = np.linalg.norm((observed.units - centre) / self._scales, axis=1)
-        near = alike & (distances <= _REACH * self._radius)
-        chosen = np.flatnonzero(near)
-        chosen = chosen[np.argsort(distances[chosen], kind="stable")[:_MOST]]
+        centre = self._best(observed, values)
         everything = np.vstack([self.archive.observed().units, self.archive.pending])
-        reached = np.linalg.norm((everything - centre) / self._scales, axis=1) <= _REACH * self._radius
-        covered = everything[reached & self._alike(everything, centre)]
-        return _Place(centre, covered, observed.units[chosen], _squashed(values)[chosen])
+        chosen = self._near(observed.units, centre)[:_MOST]
+        near = np.sort(self._near(everything, centre))
+        return _Place(centre, everything[near], observed.units[chosen], _squashed(values)[chosen])
+
+    def _best(self, observed: Observed, values: Vector) -> Units:
+        return self._whole(observed.units[int(np.argmin(values))])
+
+    def _near(self, units: Units, centre: Units) -> NDArray[np.int64]:
+        """Which points lie within reach and have the centre's integers and choices, the nearest first."""
+        distances = np.linalg.norm((units - centre) / self._scales, axis=1)
+        found = np.flatnonzero(self._alike(units, centre) & (distances <= _REACH * self._radius))
+        return found[np.argsort(distances[found], kind="stable")]
 
     def _alike(self, units: Units, centre: Units) -> NDArray[np.bool_]:
         """Which points have the centre's integers and choices."""
@@ -247,8 +250,6 @@ class TrustRegionSearch(SurrogateSearch):
         """The model's minimum within the radius; within a smaller one, where that is known or in flight."""
         real = self.encoding.real
         centre, scales = place.centre[real], self._scales[real] * self._radius
-        if not real.any():
-            return self._around(place.centre, random, 1.0)
         model = LocalModel((place.units[:, real] - centre) / scales, place.values)
         radius = 1.0
         for _ in range(_HALVINGS):
@@ -304,8 +305,6 @@ def _values(observed: Observed, weights: NDArray[np.float64]) -> Vector:
 
 def _squashed(values: Vector) -> Vector:
     """Values far above the least one count by their logarithm: a ruined merge says nothing of how good ones differ."""
-    if not len(values):
-        return values
     spread = max(float(np.median(values) - values.min()), 1e-12)
     top = values.min() + _SQUASHED_ABOVE * spread
     return np.asarray(np.minimum(values, top) + spread * np.log1p(np.maximum(values - top, 0) / spread))
