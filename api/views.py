@@ -362,6 +362,7 @@ class AlgorithmView(View):
     reference: str = Field(description="Paper or origin.")
     multi_objective: bool = Field(description="Whether it looks for a whole front rather than one weighted optimum.")
     needs_items: bool = Field(default=False, description="Whether it learns from the score of each item.")
+    races: bool = Field(default=False, description="Whether candidates can be stopped early by `fitness.racing`.")
     options_schema: dict[str, Any] = Field(description="JSON schema of `algorithm.options`.")
 
 

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.algorithms.base import parse_options
+from optimizer.algorithms.base import ALGORITHMS, parse_options
 from optimizer.errors import InvalidInput
 from optimizer.problem import Grams, PlannedPhase, Problem
 from optimizer.recipe import Leaf, Merge, Recipe
@@ -23,8 +23,8 @@ def plan(spec: JobSpec, problem: Problem) -> list[PlannedPhase]:
     """Return the phases of a job with everything settled: shares as evaluations, `auto` as what it chose.
 
     Raises:
-        InvalidInput: an unknown algorithm, a bad option, or an algorithm that cannot search what the job merges; it names
-            the field.
+        InvalidInput: an unknown algorithm, a bad option, an algorithm that cannot search what the job merges, or races
+            where no algorithm has any; it names the field.
     """
     phases = fields_of(spec)
     left = 1 - sum(phase.share or 0 for _, phase in phases)
@@ -33,7 +33,20 @@ def plan(spec: JobSpec, problem: Problem) -> list[PlannedPhase]:
     for field, phase in phases:
         share = phase.share if phase.share is not None else left / open_ended
         planned += _settled(spec, problem, phase, max(1, round(share * spec.budget.evaluations)), field)
+    if spec.fitness.racing.enabled:
+        _check_races(planned)
     return planned
+
+
+def _check_races(planned: Sequence[PlannedPhase]) -> None:
+    names = list(dict.fromkeys(phase.algorithm.name for phase in planned))
+    if not any(ALGORITHMS[name].races for name in names):
+        racing = ", ".join(name for name, cls in ALGORITHMS.items() if cls.races)
+        raise InvalidInput(
+            f"{' and '.join(names)} measure{'s' if len(names) == 1 else ''} every candidate on all items: nothing is raced",
+            field="fitness.racing.enabled",
+            remedy=f"leave it out, or search with auto or one of {racing}",
+        )
 
 
 def fields_of(spec: JobSpec) -> list[tuple[str, Phase]]:

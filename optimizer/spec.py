@@ -446,7 +446,7 @@ class Racing(Strict):
         default=False,
         description=(
             "Measure on more and more items, and stop where a candidate loses beyond doubt to those that the algorithm has "
-            "already (cma_es, nsga2, nsga3). Objectives must be means over their items."
+            "already. GET /api/v1/algorithms says which algorithms race. Objectives must be means over their items."
         ),
     )
     first_items: int = Field(

@@ -143,6 +143,7 @@ def catalog_table(entries: Iterable[AlgorithmView | SpaceView | OperatorInfo | E
             traits = [
                 *(["several objectives"] if entry.multi_objective else []),
                 *(["per-item scores"] if entry.needs_items else []),
+                *(["races"] if entry.races else []),
             ]
         table.add_row(entry.name, Text(entry.summary), ", ".join(traits))
     return table

@@ -41,6 +41,7 @@ def list_algorithms() -> list[AlgorithmView]:
             reference=cls.reference,
             multi_objective=cls.multi_objective,
             needs_items=cls.needs_items,
+            races=cls.races,
             options_schema=cls.Options.model_json_schema(),
         )
         for name, cls in ALGORITHMS.items()

@@ -7,6 +7,7 @@ from typing import Any
 
 from optimizer.algorithms.base import ALGORITHMS, Algorithm, AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.expert_scales import SHARE, expert_columns
+from optimizer.fitness.racing import Rivals
 from optimizer.problem import PlannedPhase, Problem
 from optimizer.space import SearchSpace, make_space
 from optimizer.spec import AlgorithmSpec, JobSpec
@@ -36,6 +37,7 @@ class _Features:
     Attributes:
         objectives, variables, experts: how many there are.
         discrete: how many of the variables are integers or choices.
+        races: whether candidates are to be stopped early.
         evaluations: the budget.
         differentiable: whether all objectives have slopes.
         asynchronous: whether outcomes are told in any order.
@@ -52,6 +54,7 @@ class _Features:
     columns: int = 0
     parallel: int = 1
     discrete: int = 0
+    races: bool = False
 
 
 @algorithm("auto")
@@ -64,6 +67,7 @@ class Auto(Algorithm):
     summary = "Chooses algorithms and phases by objectives, variables, experts and budget, and says in the job why."
     reference = "mergeopt 2026; figures in tests/benchmarks/README.md"
     multi_objective = True
+    races = True
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
@@ -97,6 +101,7 @@ class Auto(Algorithm):
                 columns=0 if columns is None else int(columns.max()) + 1,
                 parallel=spec.in_flight,
                 discrete=_discrete(space),
+                races=spec.fitness.racing.enabled,
             )
         )
 
@@ -109,6 +114,10 @@ class Auto(Algorithm):
     def batch_size(self) -> int:
         """That of the algorithm it chose."""
         return self._inner.batch_size
+
+    def rivals(self) -> Rivals | None:
+        """Those of the algorithm it chose."""
+        return self._inner.rivals()
 
     def ask(self, count: int) -> list[Proposal]:
         """See the algorithm it chose."""
@@ -194,6 +203,6 @@ def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
 
 def _evolution(features: _Features) -> AlgorithmSpec:
     if features.objectives > 1:
-        return AlgorithmSpec(name="moead")
+        return AlgorithmSpec(name="nsga2" if features.races else "moead")
     # Where outcomes come in any order, a generation need not wait for the slowest quarter.
     return AlgorithmSpec(name="cma_es", options={"close_after": 0.75} if features.asynchronous else {})

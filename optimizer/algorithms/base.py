@@ -141,6 +141,7 @@ class Algorithm(ABC):
     reference: ClassVar[str]
     multi_objective: ClassVar[bool] = False
     needs_items: ClassVar[bool] = False
+    races: ClassVar[bool] = False
 
     class Options(Strict):
         """Options of the algorithm; subclasses declare fields with bounds and descriptions."""

@@ -81,6 +81,7 @@ class CmaEs(Algorithm):
 
     summary = "Adapts a normal distribution to the best candidates of each generation; the standard for real vectors."
     reference = "Hansen 2016, The CMA Evolution Strategy: A Tutorial (arXiv:1604.00772)"
+    races = True
 
     class Options(Strict):
         """Options of `CmaEs`."""

@@ -31,6 +31,7 @@ class Nsga2(Algorithm):
     summary = "Evolves a population towards the whole Pareto front: dominance first, then crowding."
     reference = "Deb et al. 2002, A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II, IEEE TEVC 6(2)"
     multi_objective = True
+    races = True
 
     class Options(VariationOptions):
         """Options of `Nsga2`."""

@@ -41,7 +41,7 @@ class Observed:
         units: shape (n, dim).
         losses: shape (n, objectives); NaN where the evaluation failed or gave no finite numbers.
         violation: shape (n,).
-        share: shape (n,), the share of the items it was measured on; 1 for all.
+        share: shape (n,), the share of the items it was measured on; 1 for all, and where a lost race tells the rest.
         indices: shape (n,), the candidates' numbers in the job.
     """
 
@@ -62,7 +62,7 @@ class Observed:
         return np.asarray(self.measured & (self.violation <= 0), dtype=np.bool_)
 
     def full(self) -> Observed:
-        """Return those that were measured on all items, and the failed ones."""
+        """Return those that were measured on all items or lost a race, and the failed ones."""
         return self.where((self.share >= 1) | ~self.measured)
 
     def where(self, mask: NDArray[np.bool_] | NDArray[np.int64]) -> Observed:
@@ -83,10 +83,12 @@ class Archive:
 
     Attributes:
         flying: the proposals that have no outcome yet, in the order of proposing.
+        front: indices of the candidates on the front of those that were measured on all items, in the order of joining.
     """
 
     def __init__(self, encoding: Encoding, objectives: int, items: int = 0) -> None:
         self.flying: list[Flying] = []
+        self.front: NDArray[np.int64] = np.empty(0, np.int64)
         self._encoding = encoding
         self._items = items
         self._units: list[Units] = []
@@ -105,13 +107,13 @@ class Archive:
         usable = outcome.losses is not None and bool(np.isfinite(outcome.losses).all())
         losses = outcome.losses if outcome.losses is not None and usable else np.full(self._objectives, np.nan)
         share = 1.0
-        if outcome.items is not None:
+        if outcome.items is not None and not outcome.lost:
             share = min(1.0, outcome.items / self._items) if self._items else _SOME
         self._units.append(unit)
         self._losses.append(losses)
         self._rest.append((max(0.0, float(np.nan_to_num(outcome.violation, nan=np.inf))), share, outcome.index))
         self._arrays = None
-        return outcome.feasible and outcome.items is None and self._improves(losses)
+        return outcome.feasible and outcome.items is None and self._improves(losses, outcome.index)
 
     @property
     def pending(self) -> Units:
@@ -126,7 +128,8 @@ class Archive:
         if not outcome.own or not self.flying:
             return None
         distance = np.abs(self.pending - self._encoding.units(outcome.genome)).max(axis=1)
-        others = np.array([each.items != outcome.items for each in self.flying])
+        items = None if outcome.lost else outcome.items
+        others = np.array([each.items != items for each in self.flying])
         return self.flying.pop(int(np.lexsort((distance, others))[0])).number
 
     def observed(self) -> Observed:
@@ -143,9 +146,10 @@ class Archive:
             )
         return self._arrays
 
-    def _improves(self, losses: Vector) -> bool:
+    def _improves(self, losses: Vector, index: int) -> bool:
         joins, pushed_out = update_front(self._front, losses)
         if not joins or (self._front == losses).all(axis=1).any():
             return False
         self._front = np.vstack([self._front[~pushed_out], losses])
+        self.front = np.append(self.front[~pushed_out], index)
         return True

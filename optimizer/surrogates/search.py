@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from optimizer.algorithms.base import Algorithm, AlgorithmContext, Outcome, Proposal
+from optimizer.fitness.racing import Rivals
 from optimizer.space import Genome
 from optimizer.surrogates.archive import Archive, Flying
 from optimizer.surrogates.designs import first_points
 from optimizer.surrogates.encoding import Encoding, Units
+
+_RIVALS = 4
 
 INITIAL = "variables + 2 by default, between 4 and 20, and at most a quarter of the budget"
 
@@ -24,6 +27,8 @@ class SurrogateSearch(Algorithm):
     a proposal needs one, to what was told until then, and each proposal draws from a generator of its own. So a log is
     replayed without a single fit (`recall`), and the next proposal is the same bit for bit.
     """
+
+    races = True
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
@@ -49,6 +54,11 @@ class SurrogateSearch(Algorithm):
         """Take in an outcome. Models are fitted when they are needed."""
         number = self.archive.land(outcome)
         self._told(outcome, number, self.archive.add(outcome))
+
+    def rivals(self) -> Rivals | None:
+        """The last that joined the front: whoever is dominated by one of them does not, and models do with an estimate."""
+        last = self.archive.front[-_RIVALS:].tolist()
+        return Rivals(tuple(last), "each", (1.0,) * self.context.objectives) if last else None
 
     def first_points(self, initial: int | None) -> Units:
         """Return the points to begin with, shape (n, dim), so many as are missing to ``initial`` outcomes; see `INITIAL`."""

@@ -372,8 +372,10 @@ def test_catalog(http: httpx.Client) -> None:
         http.get(f"/{kind}").json() for kind in ("algorithms", "spaces", "operators", "evaluators", "graders")
     )
 
-    abilities = {entry["name"]: (entry["multi_objective"], entry["needs_items"]) for entry in algorithms}
-    assert abilities == {name: (cls.multi_objective, cls.needs_items) for name, cls in ALGORITHMS.items()}
+    abilities = {
+        entry["name"]: (entry["multi_objective"], entry["needs_items"], entry["races"]) for entry in algorithms
+    }
+    assert abilities == {name: (cls.multi_objective, cls.needs_items, cls.races) for name, cls in ALGORITHMS.items()}
     assert list(abilities) == list(ALGORITHMS)
     assert [space["name"] for space in spaces] == list(SPACES)
     assert {"linear", "slerp", "task_arithmetic", "ties"} <= {operator["name"] for operator in operators}

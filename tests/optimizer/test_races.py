@@ -11,6 +11,7 @@ import pytest
 
 from api.store.sql import SqlStore
 from api.views import CandidateSummary, JobView
+from optimizer.algorithms import ALGORITHMS
 from optimizer.controller import Controller, ControllerConfig
 from optimizer.problem import Problem
 from optimizer.recipe import Recipe
@@ -28,10 +29,9 @@ def quality(recipe: Recipe) -> float:
     return -4 * float(np.square(coefficients - 0.5).mean())
 
 
-def spec_of(searcher: str = "cma_es", **changes: Any) -> JobSpec:
-    population: dict[str, Any] = {"population": 6}
+def spec_of(**changes: Any) -> JobSpec:
     fields: dict[str, Any] = {
-        "algorithm": {"name": searcher, "options": population},
+        "algorithm": {"name": "cma_es", "options": {"population": 6}},
         "budget": {"evaluations": 40},
         "fitness": RACING,
     }
@@ -42,10 +42,11 @@ def candidates(store: SqlStore, job: JobView) -> list[CandidateSummary]:
     return store.list_candidates(job.id, limit=1000).items
 
 
-@pytest.mark.parametrize("algorithm", ["cma_es", "nsga2", "nsga3"])
+@pytest.mark.parametrize("algorithm", ["cma_es", "nsga2", "nsga3", "trust_region", "bayesian"])
 def test_hopeless_candidates_are_stopped_and_told_as_losers(store: SqlStore, algorithm: str) -> None:
     pools = Pools(words=WORDS, quality=quality)
-    job = run(store, pools, spec_of(algorithm))
+    options = {"population": 6} if "population" in ALGORITHMS[algorithm].Options.model_fields else {}
+    job = run(store, pools, spec_of(algorithm={"name": algorithm, "options": options}))
     found = candidates(store, job)
     stopped = [candidate for candidate in found if candidate.stopped]
     assert stopped, "nobody was stopped"
@@ -123,7 +124,6 @@ def test_without_races_everything_is_measured(store: SqlStore) -> None:
         (Pools(words=WORDS, quality=quality), spec_of(fitness={})),
         (Medians(words=WORDS, quality=quality), spec_of()),
         (Pools(words=WORDS, quality=quality), spec_of(fitness={"racing": {"enabled": True, "first_items": 200}})),
-        (Pools(words=WORDS, quality=quality), spec_of(algorithm={"name": "random"})),
     ):
         spec = spec.model_copy(update={"fitness": spec.fitness.model_copy(update={"cache": False})})
         job = run(store, pools, spec)

@@ -8,6 +8,7 @@ import pytest
 
 from optimizer.algorithms import ALGORITHMS
 from optimizer.algorithms.auto import Auto
+from optimizer.errors import InvalidInput
 from optimizer.phases import plan
 from optimizer.problem import PlannedPhase
 from tests.factories import make_problem, make_spec
@@ -71,6 +72,25 @@ def test_local_models_first_and_evolution_for_long_budgets() -> None:
     assert planned(evaluations=2000, asynchronous=True)[-1].algorithm.options == {"close_after": 0.75}
     many = planned(experts=80, evaluations=200, merge={"operator": "task_arithmetic"})
     assert names(many)[-1] == "cma_es"
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 5])
+@pytest.mark.parametrize("experts", [2, 8, 80])
+def test_what_is_to_be_raced_is_searched_by_what_races(experts: int, objectives: int) -> None:
+    found = names(planned(experts, objectives, 3000, fitness={"racing": {"enabled": True}}))
+    assert {name for name in found if not ALGORITHMS[name].races} <= {"baselines", "frank_wolfe"}
+
+
+def test_races_need_an_algorithm_that_has_some() -> None:
+    racing = {"racing": {"enabled": True}}
+    for changes in ({"algorithm": "random"}, {"phases": [{"algorithm": "m2n2"}, {"algorithm": "random"}]}):
+        spec = make_spec(**changes, fitness=racing)
+        with pytest.raises(InvalidInput, match=r"measures? every candidate on all items") as caught:
+            plan(spec, make_problem(spec))
+        assert caught.value.field == "fitness.racing.enabled"
+        assert "cma_es" in str(caught.value)
+    mixed_phases = make_spec(phases=[{"algorithm": "random"}, {"algorithm": "cma_es"}], fitness=racing)
+    assert len(plan(mixed_phases, make_problem(mixed_phases))) == 2
 
 
 def test_evolution_where_very_many_are_evaluated_at_once() -> None:
