@@ -17,6 +17,13 @@ _AUGMENTATION = 0.05
 _ENOUGH = 3
 
 
+def spread_of(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the interquartile range of each objective, shape (objectives,); the whole range, or else 1, where that is 0."""
+    upper, lower = np.percentile(losses, [75, 25], axis=0)
+    spread = np.where(upper > lower, upper - lower, np.ptp(losses, axis=0))
+    return np.asarray(np.where(spread > 0, spread, 1.0), dtype=np.float64)
+
+
 class Scalariser:
     """Ranks outcomes by one number each, to be minimised.
 
@@ -68,9 +75,7 @@ class Scalariser:
         seen = np.array(self._seen)
         self._ideal = seen.min(axis=0)
         if self._normalise:
-            upper, lower = np.percentile(seen, [75, 25], axis=0)
-            spread = np.where(upper > lower, upper - lower, np.ptp(seen, axis=0))
-            self._spread = np.where(spread > 0, spread, 1.0)
+            self._spread = spread_of(seen)
         self._frozen = len(seen) >= _ENOUGH
 
     def _combine(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
+from optimizer.algorithms.scalarise import spread_of
 from optimizer.expert_scales import SHARE, Probes, expert_columns
 from optimizer.space import Genome
 from optimizer.spec import Strict
@@ -43,6 +44,7 @@ _HALVINGS = 8
 _SQUASHED_ABOVE = 3.0
 _SAME = 1e-6
 _DISCRETE = (0.1, 0.5)
+_ENOUGH = 3
 
 Vector = NDArray[np.float64]
 
@@ -73,7 +75,7 @@ class TrustRegionSearch(SurrogateSearch):
     moved a little by itself, and those that change the loss more than usual are moved less.
 
     Integers and choices are changed one at a time; a model holds for the values that the best has. Several objectives
-    count by their weighted sum, each normalised by its quartiles. It never waits: what is in flight is not proposed again.
+    count by their weighted sum. It never waits: what is in flight is not proposed again.
     """
 
     summary = (
@@ -99,6 +101,13 @@ class TrustRegionSearch(SurrogateSearch):
                 "loss more than the others less from then on."
             ),
         )
+        normalise: bool = Field(
+            default=True,
+            description=(
+                "Divide each objective by its spread among the first candidates before weighing, so that scales do not "
+                "count."
+            ),
+        )
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
@@ -107,13 +116,14 @@ class TrustRegionSearch(SurrogateSearch):
         self._steps: set[int] = set()  # numbers of proposals in flight that are minima of a model
         self._probes: Probes | None = None
         self._first: list[Genome] = []
+        self._weights: Vector | None = None  # of the losses in their sum, once these have been seen
 
     def _told(self, outcome: Outcome, number: int | None, improved: bool) -> None:
         del outcome, improved  # of the front, which may have several objectives
         if number is None or number not in self._steps:
             return
         self._steps.remove(number)
-        values = _values(self.archive.observed(), self.context.weights)
+        values = self._values(self.archive.observed())
         if values[-1] < values[:-1].min(initial=np.inf):
             self._radius = min(self._radius * _GROWTH, _LARGEST)
         else:
@@ -135,7 +145,9 @@ class TrustRegionSearch(SurrogateSearch):
     # --- the beginning ----------------------------------------------------------------------------------------------
 
     def _prepare(self, number: int) -> None:
-        """Decide on probes before the first proposal, and read them after the last."""
+        """Decide on weights and probes before the first proposal, and read these after the last."""
+        if self._weights is None:
+            self._weights = self._weigh()
         if number == 0:
             self._probes = self._make_probes()
             if self._probes is not None:
@@ -143,6 +155,15 @@ class TrustRegionSearch(SurrogateSearch):
                 self._first = self._probes.genomes[1 if len(self._measured()) else 0 :]
         if self._probes is not None and number >= len(self._first):
             self._scales = self._read(self._probes)
+
+    def _weigh(self) -> Vector | None:
+        """What each loss counts in the sum; None while too few are known to say."""
+        losses = self._measured().losses
+        if self.context.objectives == 1 or not self.options.normalise:
+            return self.context.weights
+        if len(losses) < _ENOUGH:
+            return None
+        return np.asarray(self.context.weights / spread_of(losses), dtype=np.float64)
 
     def _make_probes(self) -> Probes | None:
         columns = expert_columns(self.context.space) if self.options.probe_experts else None
@@ -152,13 +173,13 @@ class TrustRegionSearch(SurrogateSearch):
         observed = self._measured()
         start = self.context.start
         if len(observed):
-            start = self.encoding.genome(self._best(observed, _values(observed, self.context.weights)))
+            start = self.encoding.genome(self._best(observed, self._values(observed)))
         return Probes(self.context.space, columns, start)
 
     def _read(self, probes: Probes) -> Vector:
         """How far each variable is moved, by the probes that have an outcome; they are read until all have one."""
         observed = self._measured()
-        values = _values(observed, self.context.weights)
+        values = self._values(observed)
         found = [_place_of(self.encoding.units(genome), observed.units) for genome in probes.genomes]
         if found[0] is None:
             return np.ones(self.context.space.dim)
@@ -205,12 +226,15 @@ class TrustRegionSearch(SurrogateSearch):
         observed = self._measured()
         if not len(observed):
             return None
-        values = _values(observed, self.context.weights)
+        values = self._values(observed)
         centre = self._best(observed, values)
         everything = np.vstack([self.archive.observed().units, self.archive.pending])
         chosen = self._near(observed.units, centre)[:_MOST]
         near = np.sort(self._near(everything, centre))
         return _Place(centre, everything[near], observed.units[chosen], _squashed(values)[chosen])
+
+    def _values(self, observed: Observed) -> Vector:
+        return _values(observed, self.context.weights if self._weights is None else self._weights)
 
     def _best(self, observed: Observed, values: Vector) -> Units:
         return self._whole(observed.units[int(np.argmin(values))])
@@ -290,11 +314,7 @@ def _values(observed: Observed, weights: NDArray[np.float64]) -> Vector:
 
     Failed outcomes are infinite.
     """
-    losses = observed.losses
-    if losses.shape[1] > 1 and observed.measured.any():
-        low, middle, high = np.quantile(losses[observed.measured], [0, 0.25, 0.75], axis=0)
-        losses = (losses - low) / np.where(high > middle, high - middle, 1.0)
-    values = np.where(observed.measured, losses @ weights, np.inf)
+    values = np.where(observed.measured, observed.losses @ weights, np.inf)
     broken = observed.measured & (observed.violation > 0)
     if broken.any():
         fine = values[observed.feasible]
