@@ -22,8 +22,10 @@ _BASELINES_SHARE = 0.03
 evaluations, the loss was 0.457 for 0.424 on digits-4 and 0.319 for 0.280 on digits-8; with all of it, which took 14 %, a
 front of four objectives had 0.48 for 0.89 of the hypervolume on digits-4."""
 _MODELLED_VARIABLES = 30
-"""With four objectives: after 200 evaluations of 24 variables 0.89 (`moead` 0.53, `nsga3` 0.49), of 48 variables 0.74
-(0.86, 0.75)."""
+"""By global models of several objectives; hypervolume after 200 evaluations of 12, 24 and 48 variables: `bayesian` .96, .80
+and .67, `trust_region` .92, .73 and .92, `moead` .91, .48 and .78."""
+_LOCAL_EVALUATIONS = 2
+"""For each variable, before several objectives have local models: after 50 of 48 variables they have .52, `moead` .61."""
 _MANY_IN_FLIGHT = 16
 """With 32 at once CMA-ES beats local models, which then know little of what they step from; with 8 these are ahead."""
 _FOR_FEW = {"bayesian": 250, "trust_region": 1000}
@@ -189,12 +191,16 @@ def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
     why = f"{objectives}, {size}"
     if features.objectives >= _MANY_OBJECTIVES:
         return AlgorithmSpec(name="nsga3"), why
-    if features.variables > (_FEW_VARIABLES if features.objectives == 1 else _MODELLED_VARIABLES):
-        return _evolution(features), why
-    if features.objectives == 1 and features.parallel > _MANY_IN_FLIGHT:
-        return _evolution(features), f"{why}, {features.parallel} evaluations at once"
-    if features.objectives > 1 or 2 * features.discrete > features.variables:
+    single, discrete = features.objectives == 1, 2 * features.discrete > features.variables
+    many = features.parallel > _MANY_IN_FLIGHT
+    modelled = features.variables <= (_FEW_VARIABLES if single else _MODELLED_VARIABLES)
+    if modelled and (not single or (discrete and not many)):
         return AlgorithmSpec(name="bayesian"), f"{why}: a model of the objectives finds good merges in few evaluations"
+    if features.variables <= _FEW_VARIABLES and many:
+        return _evolution(features), f"{why}, {features.parallel} evaluations at once"
+    enough = single or features.evaluations >= _LOCAL_EVALUATIONS * features.variables
+    if features.variables > _FEW_VARIABLES or discrete or not enough:
+        return _evolution(features), why
     probes = features.columns + 1
     if features.columns >= 2 and probes <= SHARE * features.evaluations:
         why = f"{why}: each of {features.columns} experts is probed, as one that does not belong spoils every merge"

@@ -13,6 +13,9 @@ on the digits problems of tests/benchmarks/README.md (12, 24 and 48 coefficients
 - Losses far above the best are squashed, not nearer ones: 0.264 on digits-8, 0.287 without; from the median on 0.254,
   but 0.344 for 0.331 on digits-4.
 - A ball, not a box: 0.330 and 0.344 on digits-4, 0.29 and 0.33 on digits-8.
+- Several objectives, share of the best known hypervolume after 200 evaluations of digits-2, -4 and -8: ten weighted sums
+  .92, .73, .92, five .90, .70, .87, the given one alone .78, .61, .81; augmented Tchebycheff functions of a model for each
+  objective .92, .72, .93 or .91, .57, .84, as their share in the sum is .3 or .7.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from pydantic import Field
 from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
 from optimizer.algorithms.scalarise import spread_of
 from optimizer.expert_scales import SHARE, Probes, expert_columns
+from optimizer.reference_points import spread_points
 from optimizer.space import Genome
 from optimizer.spec import Strict
 from optimizer.surrogates.archive import Observed
@@ -45,8 +49,25 @@ _SQUASHED_ABOVE = 3.0
 _SAME = 1e-6
 _DISCRETE = (0.1, 0.5)
 _ENOUGH = 3
+_FOR_FIRST = 0.3
+_LEAST = 0.05
+_UNKNOWN_BUDGET = 1000
 
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+
+
+@dataclass
+class _Aim:
+    """One number to minimise, and how far steps towards it go.
+
+    Attributes:
+        weights: shape (objectives,): of the losses in the sum.
+        radius: of the next step, as a share of the variables' ranges.
+    """
+
+    weights: Vector
+    radius: float
 
 
 @dataclass(frozen=True)
@@ -55,11 +76,13 @@ class _Place:
 
     Attributes:
         centre: shape (dim,), the best so far, in units.
+        radius: of the steps from there.
         near: shape (n, dim), what was evaluated or is in flight within reach, in units.
         units, values: of the outcomes there that the model is fitted to, shapes (m, dim) and (m,).
     """
 
     centre: Units
+    radius: float
     near: Units
     units: Units
     values: Vector
@@ -74,8 +97,11 @@ class TrustRegionSearch(SurrogateSearch):
     left of it, it begins anew, with all that is known. Where the space has coefficients of several experts, each is first
     moved a little by itself, and those that change the loss more than usual are moved less.
 
-    Integers and choices are changed one at a time; a model holds for the values that the best has. Several objectives
-    count by their weighted sum. It never waits: what is in flight is not proposed again.
+    Integers and choices are changed one at a time; a model holds for the values that the best has. It never waits: what is
+    in flight is not proposed again.
+
+    Several objectives are followed as weighted sums in turn, each with its own best and its own radius; all learn from what
+    any of them evaluates. The first 30 % of the budget go to the sum with the weights as given.
     """
 
     summary = (
@@ -84,6 +110,8 @@ class TrustRegionSearch(SurrogateSearch):
     reference = (
         "Powell 2004 (least Frobenius norm); Cartis and Roberts 2021, arXiv:2102.12016 (subspaces); probes: mergeopt"
     )
+
+    multi_objective = True
 
     class Options(Strict):
         """Options of `TrustRegionSearch`."""
@@ -101,6 +129,15 @@ class TrustRegionSearch(SurrogateSearch):
                 "loss more than the others less from then on."
             ),
         )
+        directions: int = Field(
+            default=10,
+            ge=1,
+            le=200,
+            description=(
+                "Weighted sums of several objectives that are followed in turn, evenly spread, at most so many; with 1 only "
+                "the sum with the weights as given."
+            ),
+        )
         normalise: bool = Field(
             default=True,
             description=(
@@ -111,29 +148,30 @@ class TrustRegionSearch(SurrogateSearch):
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
-        self._radius = float(options.radius)
+        self._aims = [_Aim(weights, float(options.radius)) for weights in self._directions()]
         self._scales = np.ones(context.space.dim)
         self._steps: set[int] = set()  # numbers of proposals in flight that are minima of a model
         self._probes: Probes | None = None
         self._first: list[Genome] = []
-        self._weights: Vector | None = None  # of the losses in their sum, once these have been seen
+        self._spread: Vector | None = None  # of the losses, once enough have been seen
 
     def _told(self, outcome: Outcome, number: int | None, improved: bool) -> None:
         del outcome, improved  # of the front, which may have several objectives
         if number is None or number not in self._steps:
             return
         self._steps.remove(number)
-        values = self._values(self.archive.observed())
+        aim = self._aim(number)
+        values = self._values(self.archive.observed(), aim)
         if values[-1] < values[:-1].min(initial=np.inf):
-            self._radius = min(self._radius * _GROWTH, _LARGEST)
+            aim.radius = min(aim.radius * _GROWTH, _LARGEST)
         else:
-            self._radius *= _SHRINKAGE
-        if self._radius < _SMALLEST:
-            self._radius = float(self.options.radius)
+            aim.radius *= _SHRINKAGE
+        if aim.radius < _SMALLEST:
+            aim.radius = float(self.options.radius)
 
     def _recalled(self, number: int) -> int | None:
         self._prepare(number)
-        if number >= len(self._first) and (place := self._place()) is not None:
+        if number >= len(self._first) and (place := self._place(self._aim(number))) is not None:
             self._note(number, self._direction(place, number))
         return super()._recalled(number)
 
@@ -145,9 +183,9 @@ class TrustRegionSearch(SurrogateSearch):
     # --- the beginning ----------------------------------------------------------------------------------------------
 
     def _prepare(self, number: int) -> None:
-        """Decide on weights and probes before the first proposal, and read these after the last."""
-        if self._weights is None:
-            self._weights = self._weigh()
+        """Decide on scales and probes before the first proposal, and read these after the last."""
+        if self._spread is None:
+            self._spread = self._find_spread()
         if number == 0:
             self._probes = self._make_probes()
             if self._probes is not None:
@@ -156,14 +194,26 @@ class TrustRegionSearch(SurrogateSearch):
         if self._probes is not None and number >= len(self._first):
             self._scales = self._read(self._probes)
 
-    def _weigh(self) -> Vector | None:
-        """What each loss counts in the sum; None while too few are known to say."""
+    def _directions(self) -> Matrix:
+        """The weights of the sums, shape (n, objectives): first as given, then evenly spread around these."""
+        given, most = self.context.weights, int(self.options.directions)
+        if most == 1 or self.context.objectives == 1:
+            return given[None]
+        points = np.maximum(spread_points(self.context.objectives, most), _LEAST)
+        self.context.generator().shuffle(points)
+        return np.vstack([given, len(points[0]) * given * points / points.sum(axis=1, keepdims=True)])
+
+    def _aim(self, number: int) -> _Aim:
+        """Which sum a proposal is for: the first for some of the budget, then each in turn for two proposals."""
+        first = int(_FOR_FIRST * (self.context.budget or _UNKNOWN_BUDGET))
+        return self._aims[0 if number < first else (number - first) // 2 % len(self._aims)]
+
+    def _find_spread(self) -> Vector | None:
+        """What each loss is divided by; None while too few are known to say."""
         losses = self._measured().losses
         if self.context.objectives == 1 or not self.options.normalise:
-            return self.context.weights
-        if len(losses) < _ENOUGH:
-            return None
-        return np.asarray(self.context.weights / spread_of(losses), dtype=np.float64)
+            return np.ones(self.context.objectives)
+        return spread_of(losses) if len(losses) >= _ENOUGH else None
 
     def _make_probes(self) -> Probes | None:
         columns = expert_columns(self.context.space) if self.options.probe_experts else None
@@ -173,13 +223,13 @@ class TrustRegionSearch(SurrogateSearch):
         observed = self._measured()
         start = self.context.start
         if len(observed):
-            start = self.encoding.genome(self._best(observed, self._values(observed)))
+            start = self.encoding.genome(self._best(observed, self._values(observed, self._aims[0])))
         return Probes(self.context.space, columns, start)
 
     def _read(self, probes: Probes) -> Vector:
         """How far each variable is moved, by the probes that have an outcome; they are read until all have one."""
         observed = self._measured()
-        values = self._values(observed)
+        values = self._values(observed, self._aims[0])
         found = [_place_of(self.encoding.units(genome), observed.units) for genome in probes.genomes]
         if found[0] is None:
             return np.ones(self.context.space.dim)
@@ -200,16 +250,16 @@ class TrustRegionSearch(SurrogateSearch):
         if number < len(self._first):
             return self._whole(self.encoding.units(self._first[number]))
         random = self.generator(number)
-        place = self._place()
+        aim = self._aim(number)
+        place = self._place(aim)
         if place is None:
-            return self._whole(
-                self._around(self.encoding.units(self.context.start), random, 0.0 if number == 0 else 1.0)
-            )
+            length = 0.0 if number == 0 else aim.radius
+            return self._whole(self._around(self.encoding.units(self.context.start), random, length))
         direction = self._direction(place, number)
         self._note(number, direction)
         if direction is None and (other := self._discrete(place.centre, random)) is not None:
             return other
-        return self._whole(self._step(place, random) if direction is None else self._along(place.centre, direction))
+        return self._whole(self._step(place, random) if direction is None else self._along(place, direction))
 
     def _note(self, number: int, direction: int | None) -> None:
         if direction is None:
@@ -222,27 +272,27 @@ class TrustRegionSearch(SurrogateSearch):
         observed = self.archive.observed().full()
         return observed.where(observed.measured)
 
-    def _place(self) -> _Place | None:
+    def _place(self, aim: _Aim) -> _Place | None:
         observed = self._measured()
         if not len(observed):
             return None
-        values = self._values(observed)
+        values = self._values(observed, aim)
         centre = self._best(observed, values)
         everything = np.vstack([self.archive.observed().units, self.archive.pending])
-        chosen = self._near(observed.units, centre)[:_MOST]
-        near = np.sort(self._near(everything, centre))
-        return _Place(centre, everything[near], observed.units[chosen], _squashed(values)[chosen])
+        chosen = self._near(observed.units, centre, aim.radius)[:_MOST]
+        near = np.sort(self._near(everything, centre, aim.radius))
+        return _Place(centre, aim.radius, everything[near], observed.units[chosen], _squashed(values)[chosen])
 
-    def _values(self, observed: Observed) -> Vector:
-        return _values(observed, self.context.weights if self._weights is None else self._weights)
+    def _values(self, observed: Observed, aim: _Aim) -> Vector:
+        return _values(observed, aim.weights if self._spread is None else aim.weights / self._spread)
 
     def _best(self, observed: Observed, values: Vector) -> Units:
         return self._whole(observed.units[int(np.argmin(values))])
 
-    def _near(self, units: Units, centre: Units) -> NDArray[np.int64]:
+    def _near(self, units: Units, centre: Units, radius: float) -> NDArray[np.int64]:
         """Which points lie within reach and have the centre's integers and choices, the nearest first."""
         distances = np.linalg.norm((units - centre) / self._scales, axis=1)
-        found = np.flatnonzero(self._alike(units, centre) & (distances <= _REACH * self._radius))
+        found = np.flatnonzero(self._alike(units, centre) & (distances <= _REACH * radius))
         return found[np.argsort(distances[found], kind="stable")]
 
     def _alike(self, units: Units, centre: Units) -> NDArray[np.bool_]:
@@ -256,15 +306,15 @@ class TrustRegionSearch(SurrogateSearch):
         if number % 2:
             return None
         steps = (place.near - place.centre) / self._scales
-        left = unknown(steps[np.linalg.norm(steps, axis=1) > _KNOWN * self._radius], len(place.centre))
+        left = unknown(steps[np.linalg.norm(steps, axis=1) > _KNOWN * place.radius], len(place.centre))
         left[~self.encoding.real] = 0.0
         axis = int(np.argmax(left.round(9)))
         return axis if left[axis] > _KNOWN else None
 
-    def _along(self, centre: Units, axis: int) -> Units:
+    def _along(self, place: _Place, axis: int) -> Units:
         """A step of the radius along an axis: up, or down where there is no room."""
-        out = centre.copy()
-        length = self._radius * self._scales[axis]
+        centre, out = place.centre, place.centre.copy()
+        length = place.radius * self._scales[axis]
         out[axis] = min(centre[axis] + length, 1.0)
         if out[axis] - centre[axis] < length / 2:
             out[axis] = max(centre[axis] - length, 0.0)
@@ -273,7 +323,7 @@ class TrustRegionSearch(SurrogateSearch):
     def _step(self, place: _Place, random: np.random.Generator) -> Units:
         """The model's minimum within the radius; within a smaller one, where that is known or in flight."""
         real = self.encoding.real
-        centre, scales = place.centre[real], self._scales[real] * self._radius
+        centre, scales = place.centre[real], self._scales[real] * place.radius
         model = LocalModel((place.units[:, real] - centre) / scales, place.values)
         radius = 1.0
         for _ in range(_HALVINGS):
@@ -285,13 +335,13 @@ class TrustRegionSearch(SurrogateSearch):
                 out[real] = centre + step * scales
                 return out
             radius /= 2
-        return self._around(place.centre, random, 1.0)
+        return self._around(place.centre, random, place.radius)
 
     def _around(self, centre: Units, random: np.random.Generator, length: float) -> Units:
-        """A random point so many radii away; its integers and choices are random with the chance of one change."""
+        """A random point so far away; its integers and choices are random with the chance of one change."""
         drawn = random.standard_normal(len(centre))
-        out = centre + length * self._radius * self._scales * drawn / max(float(np.linalg.norm(drawn)), 1e-12)
-        other = ~self.encoding.real & (random.random(len(centre)) < min(1.0, length / len(centre)))
+        out = centre + length * self._scales * drawn / max(float(np.linalg.norm(drawn)), 1e-12)
+        other = ~self.encoding.real & (random.random(len(centre)) < (length > 0) / len(centre))
         return np.where(other, random.random(len(centre)), out)
 
     def _discrete(self, centre: Units, random: np.random.Generator) -> Units | None:

@@ -32,6 +32,7 @@ STAGES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
 """Problems and budgets, what tells most for its time first."""
 
 SEEDS = {"minilm": 2, "smollm2": 1} | dict.fromkeys(DIGITS, 3)
+_PLAIN_SUM: dict[str, Any] = {"normalise": False, "directions": 1}
 GRID = [round(0.1 * step, 1) for step in range(1, 13)]
 
 
@@ -126,8 +127,8 @@ def algorithm_of(who: str, *, plain_sum: bool) -> dict[str, Any]:
     """Return the job spec's `algorithm` for ``NAME`` or ``NAME:{JSON}``, or its `phases` for ``NAME@SHARE+NAME``.
 
     Args:
-        plain_sum: let it weigh the losses on their own scales where it has a choice (`normalise`), since that sum is
-            what it is judged by.
+        plain_sum: let it follow the plain sum of the losses where it has a choice (`normalise`, `directions`), since that
+            is what it is judged by.
     """
     if "+" in who.partition(":")[0]:
         parts = [part.partition("@") for part in who.split("+")]
@@ -139,8 +140,9 @@ def algorithm_of(who: str, *, plain_sum: bool) -> dict[str, Any]:
         }
     name, _, text = who.partition(":")
     options = json.loads(text) if text else {}
-    if plain_sum and name in ALGORITHMS and "normalise" in ALGORITHMS[name].Options.model_fields:
-        options = {"normalise": False} | options
+    if plain_sum and name in ALGORITHMS:
+        fields = ALGORITHMS[name].Options.model_fields
+        options = {option: value for option, value in _PLAIN_SUM.items() if option in fields} | options
     return {"name": name, "options": options}
 
 

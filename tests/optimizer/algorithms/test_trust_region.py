@@ -7,6 +7,7 @@ import pytest
 
 from optimizer.algorithms import Algorithm, Outcome
 from optimizer.expert_scales import Probes, expert_columns
+from optimizer.pareto import front_mask, hypervolume
 from optimizer.space import Genome
 from tests.optimizer.algorithms.driving import (
     Case,
@@ -46,6 +47,23 @@ def test_smooth_losses_take_about_as_many_evaluations_as_there_are_variables(dim
     found = {name: best_loss(drive(Case(name).make(context), evaluate, count)) for name in ("trust_region", "cma_es")}
     assert found["trust_region"] < 0.15 * begin
     assert found["trust_region"] < 0.4 * found["cma_es"]
+
+
+def test_several_objectives_are_followed_in_turn() -> None:
+    """Three quadratics with minima of their own: the whole front, not only where the weighted sum is least."""
+    where = reals(12)
+    places = np.eye(3).repeat(4, axis=1) * 0.6 + 0.2
+
+    def evaluate(index: int, genome: Genome, own: bool) -> Outcome:
+        return Outcome(index, genome, np.square(genome - places).sum(axis=1), own=own)
+
+    volumes = {}
+    for directions in (1, 10):
+        algorithm = Case("trust_region", {"directions": directions}).make(make_context(where, objectives=3, budget=120))
+        log = drive(algorithm, evaluate, 120, foreign=[where.low, where.high, where.low + 0.3])
+        losses = np.array([outcome.losses for outcome in outcomes_of(log)])
+        volumes[directions] = hypervolume(losses[front_mask(losses)], np.full(3, 4.0))
+    assert volumes[10] > 1.1 * volumes[1]
 
 
 def test_it_steps_before_all_axes_are_known() -> None:
@@ -110,7 +128,7 @@ def test_integers_and_choices_are_found_too() -> None:
 
 
 def radius_of(algorithm: Algorithm) -> float:
-    return float(algorithm._radius)  # type: ignore[attr-defined]
+    return float(algorithm._aims[0].radius)  # type: ignore[attr-defined]
 
 
 def test_a_radius_that_has_shrunk_to_nothing_begins_anew() -> None:
