@@ -366,9 +366,9 @@ class AlgorithmSpec(Strict):
     """Who proposes candidates."""
 
     name: str = Field(
-        default="cma_es",
+        default="auto",
         description="GET /api/v1/algorithms lists them with their options.",
-        examples=["cma_es", "nsga2", "random", "nevergrad"],
+        examples=["auto", "cma_es", "nsga2", "random"],
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the algorithm.")
 

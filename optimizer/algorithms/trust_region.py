@@ -129,7 +129,7 @@ class TrustRegionSearch(SurrogateSearch):
                 "loss more than the others less from then on."
             ),
         )
-        directions: int = Field(
+        weightings: int = Field(
             default=10,
             ge=1,
             le=200,
@@ -148,7 +148,7 @@ class TrustRegionSearch(SurrogateSearch):
 
     def __init__(self, context: AlgorithmContext, options: Any) -> None:
         super().__init__(context, options)
-        self._aims = [_Aim(weights, float(options.radius)) for weights in self._directions()]
+        self._aims = [_Aim(weights, float(options.radius)) for weights in self._weightings()]
         self._scales = np.ones(context.space.dim)
         self._steps: set[int] = set()  # numbers of proposals in flight that are minima of a model
         self._probes: Probes | None = None
@@ -194,9 +194,9 @@ class TrustRegionSearch(SurrogateSearch):
         if self._probes is not None and number >= len(self._first):
             self._scales = self._read(self._probes)
 
-    def _directions(self) -> Matrix:
+    def _weightings(self) -> Matrix:
         """The weights of the sums, shape (n, objectives): first as given, then evenly spread around these."""
-        given, most = self.context.weights, int(self.options.directions)
+        given, most = self.context.weights, int(self.options.weightings)
         if most == 1 or self.context.objectives == 1:
             return given[None]
         points = np.maximum(spread_points(self.context.objectives, most), _LEAST)

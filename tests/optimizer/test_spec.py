@@ -106,7 +106,7 @@ def test_round_trip() -> None:
 def test_as_little_as_possible() -> None:
     needed = {"base", "experts", "objectives", "budget"}
     spec = parse_spec({key: FULL[key] for key in needed})
-    assert spec.algorithm.name == "cma_es"
+    assert spec.algorithm.name == "auto"
     assert spec.in_flight == spec.workers.count == 1
     for key in needed:
         error = problem({name: FULL[name] for name in needed - {key}})

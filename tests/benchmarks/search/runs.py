@@ -32,7 +32,7 @@ STAGES: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
 """Problems and budgets, what tells most for its time first."""
 
 SEEDS = {"minilm": 2, "smollm2": 1} | dict.fromkeys(DIGITS, 3)
-_PLAIN_SUM: dict[str, Any] = {"normalise": False, "directions": 1}
+_PLAIN_SUM: dict[str, Any] = {"normalise": False, "weightings": 1}
 GRID = [round(0.1 * step, 1) for step in range(1, 13)]
 
 
@@ -127,7 +127,7 @@ def algorithm_of(who: str, *, plain_sum: bool) -> dict[str, Any]:
     """Return the job spec's `algorithm` for ``NAME`` or ``NAME:{JSON}``, or its `phases` for ``NAME@SHARE+NAME``.
 
     Args:
-        plain_sum: let it follow the plain sum of the losses where it has a choice (`normalise`, `directions`), since that
+        plain_sum: let it follow the plain sum of the losses where it has a choice (`normalise`, `weightings`), since that
             is what it is judged by.
     """
     if "+" in who.partition(":")[0]:

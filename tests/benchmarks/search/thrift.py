@@ -5,7 +5,8 @@ strangers (400 images), once by accuracy and once by loss, and the demo's encode
 (1,000 words, by accuracy). What counts is the number of items that a job scored in all, verification on the search's items
 included; test items only judge.
 
-- Searches: the same job with nothing saved, with each way of saving, and with all of them, at the same seeds. Compared are
+- Searches: the same job with nothing saved, with each way of saving, and with all of them, at the same seeds, by `cma_es`;
+  and by searches with models, with races and without. Compared are
   the values, on all search items and on test items, of what a user would take: of the candidates that were
   measured on all items in the end, the best. Beside it stands what the plain job had reached with as many items.
 - Estimates: all candidates of the plain jobs, each estimated from 10 to 200 items by every method, with the first
@@ -44,6 +45,7 @@ EVALUATIONS, SEEDS = 100, 3
 VERIFIED = 4
 MOST = 1000
 SIZES = (10, 20, 50, 100, 200)
+MODELLING = ("trust_region", "bayesian")
 METHODS: tuple[Method, ...] = ("mean", "weighted", "regression", "mp_irt", "gmp_irt")
 
 Matrix = NDArray[np.float64]
@@ -138,14 +140,14 @@ PROBLEMS = {
 
 
 def kinds(problem: Problem) -> dict[str, dict[str, Any]]:
-    """Return by name the job's ``fitness`` for each way of saving; item responses are for right and wrong only."""
+    """Return by name the spec's fields for each way of saving; item responses are for right and wrong only."""
     others: Method = "gmp_irt" if problem.sign > 0 else "regression"
 
     def estimation(method: Method, items: int) -> dict[str, Any]:
         return {"cache": False, "estimation": {"method": method, "items": items}}
 
     methods = METHODS if problem.sign > 0 else METHODS[:3]
-    return {
+    fitness = {
         "none": {"cache": False},
         "cache": {},
         "racing": {"cache": False, "racing": {"enabled": True}},
@@ -154,6 +156,11 @@ def kinds(problem: Problem) -> dict[str, dict[str, Any]]:
         f"{others}, 50": estimation(others, 50),
         "weighted, 50, cache": estimation("weighted", 50) | {"cache": True},
     }
+    out: dict[str, dict[str, Any]] = {name: {"fitness": each} for name, each in fitness.items()}
+    for searcher in MODELLING:  # what they learn from losers are estimates
+        out[searcher] = {"algorithm": searcher, "fitness": fitness["none"]}
+        out[f"{searcher}, racing"] = {"algorithm": searcher, "fitness": fitness["racing"]}
+    return out
 
 
 @dataclass(frozen=True)
@@ -181,9 +188,10 @@ def root_of(problem: str) -> Path:
 def spec_of(task: Task) -> JobSpec:
     """Return a job's spec."""
     problem = PROBLEMS[task.problem]
-    fitness = kinds(problem)[task.kind] | {"verification": {"candidates": task.verified, "baselines": True}}
+    kind = kinds(problem)[task.kind]
+    fitness = kind["fitness"] | {"verification": {"candidates": task.verified, "baselines": True}}
     more = {"name": task.kind, "seed": task.seed, "fitness": fitness, "budget": {"evaluations": task.evaluations}}
-    return parse_spec({**problem.fields, **more})
+    return parse_spec({**problem.fields, **kind, **more})
 
 
 def run_jobs(task: Task) -> dict[str, Any]:

@@ -58,11 +58,11 @@ def test_several_objectives_are_followed_in_turn() -> None:
         return Outcome(index, genome, np.square(genome - places).sum(axis=1), own=own)
 
     volumes = {}
-    for directions in (1, 10):
-        algorithm = Case("trust_region", {"directions": directions}).make(make_context(where, objectives=3, budget=120))
+    for weightings in (1, 10):
+        algorithm = Case("trust_region", {"weightings": weightings}).make(make_context(where, objectives=3, budget=120))
         log = drive(algorithm, evaluate, 120, foreign=[where.low, where.high, where.low + 0.3])
         losses = np.array([outcome.losses for outcome in outcomes_of(log)])
-        volumes[directions] = hypervolume(losses[front_mask(losses)], np.full(3, 4.0))
+        volumes[weightings] = hypervolume(losses[front_mask(losses)], np.full(3, 4.0))
     assert volumes[10] > 1.1 * volumes[1]
 
 
