@@ -24,8 +24,6 @@ front of four objectives had 0.48 for 0.89 of the hypervolume on digits-4."""
 _MODELLED_VARIABLES = 30
 """By global models of several objectives; hypervolume after 200 evaluations of 12, 24 and 48 variables: `bayesian` .96, .80
 and .67, `trust_region` .92, .73 and .92, `moead` .91, .48 and .78."""
-_LOCAL_EVALUATIONS = 2
-"""For each variable, before several objectives have local models: after 50 of 48 variables they have .52, `moead` .61."""
 _MANY_IN_FLIGHT = 16
 """With 32 at once CMA-ES beats local models, which then know little of what they step from; with 8 these are ahead."""
 _FOR_FEW = {"bayesian": 250, "trust_region": 1000}
@@ -198,8 +196,7 @@ def _search(features: _Features) -> tuple[AlgorithmSpec, str]:
         return AlgorithmSpec(name="bayesian"), f"{why}: a model of the objectives finds good merges in few evaluations"
     if features.variables <= _FEW_VARIABLES and many:
         return _evolution(features), f"{why}, {features.parallel} evaluations at once"
-    enough = single or features.evaluations >= _LOCAL_EVALUATIONS * features.variables
-    if features.variables > _FEW_VARIABLES or discrete or not enough:
+    if features.variables > _FEW_VARIABLES or discrete:
         return _evolution(features), why
     probes = features.columns + 1
     if features.columns >= 2 and probes <= SHARE * features.evaluations:
