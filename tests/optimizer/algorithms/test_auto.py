@@ -68,7 +68,7 @@ def test_local_models_first_and_evolution_for_long_budgets() -> None:
     assert names(planned(objectives=2, evaluations=200))[-1] == "bayesian"
     assert names(planned(objectives=2, evaluations=2000))[-2:] == ["bayesian", "moead"]
     assert names(planned(experts=16, objectives=2, evaluations=200))[-1] == "trust_region", "many variables"
-    assert names(planned(objectives=5, evaluations=2000))[-1] == "nsga3"
+    assert names(planned(objectives=5, evaluations=2000))[-1] == "moead"
     assert planned(evaluations=2000, asynchronous=True)[-1].algorithm.options == {"close_after": 0.75}
     many = planned(experts=80, evaluations=200, merge={"operator": "task_arithmetic"})
     assert names(many)[-1] == "cma_es"
