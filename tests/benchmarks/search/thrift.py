@@ -6,7 +6,7 @@ strangers (400 images), once by accuracy and once by loss, and the demo's encode
 included; test items only judge.
 
 - Searches: the same job with nothing saved, with each way of saving, and with all of them, at the same seeds, by `cma_es`;
-  and by searches with models, with races and without. Compared are
+  and on the digits by searches with models, with races and without. Compared are
   the values, on all search items and on test items, of what a user would take: of the candidates that were
   measured on all items in the end, the best. Beside it stands what the plain job had reached with as many items.
 - Estimates: all candidates of the plain jobs, each estimated from 10 to 200 items by every method, with the first
@@ -157,7 +157,7 @@ def kinds(problem: Problem) -> dict[str, dict[str, Any]]:
         "weighted, 50, cache": estimation("weighted", 50) | {"cache": True},
     }
     out: dict[str, dict[str, Any]] = {name: {"fitness": each} for name, each in fitness.items()}
-    for searcher in MODELLING:  # what they learn from losers are estimates
+    for searcher in MODELLING if problem.folder == "digits" else ():  # what they learn from losers are estimates
         out[searcher] = {"algorithm": searcher, "fitness": fitness["none"]}
         out[f"{searcher}, racing"] = {"algorithm": searcher, "fitness": fitness["racing"]}
     return out
