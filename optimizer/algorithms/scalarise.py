@@ -14,7 +14,8 @@ from optimizer.algorithms.base import Outcome, ranked_losses
 Scalarisation = Literal["weighted_sum", "tchebycheff"]
 
 _AUGMENTATION = 0.05
-_ENOUGH = 3
+ENOUGH = 3
+"""Outcomes, before spreads are taken from them."""
 
 
 def spread_of(losses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -76,7 +77,7 @@ class Scalariser:
         self._ideal = seen.min(axis=0)
         if self._normalise:
             self._spread = spread_of(seen)
-        self._frozen = len(seen) >= _ENOUGH
+        self._frozen = len(seen) >= ENOUGH
 
     def _combine(self, losses: NDArray[np.float64]) -> NDArray[np.float64]:
         terms = self._weights * (losses - self._ideal) / self._spread

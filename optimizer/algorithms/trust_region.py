@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from optimizer.algorithms.base import AlgorithmContext, Outcome, Proposal, algorithm
-from optimizer.algorithms.scalarise import spread_of
+from optimizer.algorithms.scalarise import ENOUGH, spread_of
 from optimizer.expert_scales import SHARE, Probes, expert_columns
 from optimizer.reference_points import spread_points
 from optimizer.space import Genome
@@ -48,7 +48,6 @@ _HALVINGS = 8
 _SQUASHED_ABOVE = 3.0
 _SAME = 1e-6
 _DISCRETE = (0.1, 0.5)
-_ENOUGH = 3
 _FOR_FIRST = 0.3
 _LEAST = 0.05
 _UNKNOWN_BUDGET = 1000
@@ -213,7 +212,7 @@ class TrustRegionSearch(SurrogateSearch):
         losses = self._measured().losses
         if self.context.objectives == 1 or not self.options.normalise:
             return np.ones(self.context.objectives)
-        return spread_of(losses) if len(losses) >= _ENOUGH else None
+        return spread_of(losses) if len(losses) >= ENOUGH else None
 
     def _make_probes(self) -> Probes | None:
         columns = expert_columns(self.context.space) if self.options.probe_experts else None
